@@ -1,0 +1,615 @@
+"""The models: a decoder for Llama 2/3.x, SmolLM2, Qwen3 and Qwen3-MoE, and the EAGLE-3 draft head.
+
+Nothing here knows about trees. One `forward(tokens, positions, cache, mask)` serves chunked prefill, plain decoding and
+the verification of any tree, because positions and mask are arguments.
+
+Letters in shapes: b batch, n new tokens, m tokens attended to, V vocabulary, H hidden size, h query heads,
+k key/value heads, g = h / k, d head size, I MLP size, E experts, L layers.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used as it is; the message names the file, the field, and what is accepted."""
+
+
+# ------------------------------------------------------------------------------------------------------ configuration
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The fields of `config.json` that decide the computation, under the names of transformers."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: dict                           # {"rope_type": ..., "rope_theta": ..., and what that type needs}
+    tie_word_embeddings: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+    qk_norm: bool = False                # Qwen3: RMSNorm of each query and key head
+    num_experts: int = 0                 # Qwen3-MoE; 0 = dense
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    moe_layers: tuple[int, ...] = ()
+    draft_vocab_size: int = 0            # EAGLE-3 heads only, as the two below
+    target_hidden_size: int = 0
+    taps: tuple[int, ...] = ()           # outputs of these layers (-1: the embeddings) feed the head
+
+    @classmethod
+    def read(cls, folder: Path, *, head: bool = False) -> "ModelConfig":
+        """Read and check `folder/config.json`. Raises CheckpointError naming the field, its value and what is accepted."""
+        path = Path(folder) / "config.json"
+        raw = _read_json(path)
+
+        def get(name, kind, default=None, low=None, high=2**31):
+            value = raw.get(name)
+            if value is None:
+                value = default
+            if value is None:
+                raise CheckpointError(f"{path}: field '{name}' is missing; expected {kind.__name__}")
+            if kind is float and type(value) is int:
+                value = float(value)
+            if type(value) is not kind or (low is not None and not low <= value <= high):
+                bounds = "" if low is None else f" from {low} to {high}"
+                raise CheckpointError(f"{path}: field '{name}' is {value!r:.80}; expected {kind.__name__}{bounds}")
+            return value
+
+        for name, accepted in (("attention_bias", False), ("mlp_bias", False), ("use_sliding_window", False),
+                               ("hidden_act", "silu"), ("quantization_config", None)):
+            if raw.get(name, accepted) not in (accepted, None):
+                raise CheckpointError(f"{path}: field '{name}' is {raw[name]!r:.80}; only {accepted!r} is supported")
+        names = raw.get("architectures") or ["LlamaForCausalLM" if head else None]
+        arch = names[0] if isinstance(names, list) and names else names
+        if not head and arch not in ARCHITECTURES:
+            raise CheckpointError(f"{path}: architecture {arch!r} is unknown; supported: {', '.join(ARCHITECTURES)}")
+        hidden = get("hidden_size", int, low=1, high=2**20)
+        heads = get("num_attention_heads", int, low=1, high=2**12)
+        kv_heads = get("num_key_value_heads", int, heads, low=1, high=heads)
+        if heads % kv_heads:
+            raise CheckpointError(f"{path}: field 'num_key_value_heads' is {kv_heads}; expected a divisor of {heads} heads")
+        layers = get("num_hidden_layers", int, low=1, high=2**10)
+        head_dim = get("head_dim", int, hidden // heads, low=2, high=2**12)
+        if head_dim % 2:
+            raise CheckpointError(f"{path}: field 'head_dim' is {head_dim}; expected an even number")
+        context = get("max_position_embeddings", int, 2048 if head else None, low=1)
+        eos = raw.get("eos_token_id")
+        eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        if not all(type(e) is int for e in eos):
+            raise CheckpointError(f"{path}: field 'eos_token_id' is {raw['eos_token_id']!r:.80}; expected an int or a list of ints")
+        fields = dict(
+            architecture=arch, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=context, eos_token_ids=eos,
+            vocab_size=get("vocab_size", int, low=1, high=2**24),
+            intermediate_size=get("intermediate_size", int, low=1, high=2**24),
+            rms_norm_eps=get("rms_norm_eps", float, 1e-6, low=0.0, high=1.0),
+            rope=_rope_fields(path, raw, context),
+            tie_word_embeddings=get("tie_word_embeddings", bool, False))
+        if head:
+            aux = (raw.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") or ()
+            if not all(type(i) is int for i in aux) or len(aux) not in (0, 3):
+                raise CheckpointError(f"{path}: field 'eagle_aux_hidden_state_layer_ids' is {aux!r:.80}; expected three layer numbers")
+            if layers != 1:
+                raise CheckpointError(f"{path}: field 'num_hidden_layers' is {layers}; an EAGLE-3 head has 1")
+            return cls(**fields, taps=tuple(aux), target_hidden_size=get("target_hidden_size", int, hidden, low=1, high=2**20),
+                       draft_vocab_size=get("draft_vocab_size", int, fields["vocab_size"], low=1, high=fields["vocab_size"]))
+        if arch == "Qwen3MoeForCausalLM":
+            experts = get("num_experts", int, low=1, high=2**14)
+            step = get("decoder_sparse_step", int, 1, low=1)
+            dense = set(raw.get("mlp_only_layers") or ())
+            fields |= dict(
+                num_experts=experts, num_experts_per_tok=get("num_experts_per_tok", int, low=1, high=experts),
+                moe_intermediate_size=get("moe_intermediate_size", int, low=1, high=2**24),
+                norm_topk_prob=get("norm_topk_prob", bool, False),
+                moe_layers=tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0))
+        return cls(**fields, qk_norm=arch.startswith("Qwen3"))
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: file not found; a checkpoint folder needs it") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: holds a {type(raw).__name__}; expected a JSON object")
+    return raw
+
+
+def _rope_fields(path: Path, raw: dict, context: int) -> dict:
+    """Old files keep `rope_theta` and `rope_scaling`, newer ones `rope_parameters`; return one dict with every number checked."""
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    kind = rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    needs = {"default": (), "linear": ("factor",), "yarn": ("factor",),
+             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    if kind not in needs:
+        raise CheckpointError(f"{path}: field 'rope_type' is {kind!r:.80}; supported: {', '.join(needs)}")
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
+        raise CheckpointError(f"{path}: field 'partial_rotary_factor' is not supported")
+    rope.setdefault("original_max_position_embeddings", context)
+    for name in ("rope_theta", *needs[kind]):
+        value = rope.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e15:
+            raise CheckpointError(f"{path}: field '{name}' of the rope parameters is {value!r:.80}; expected a positive number")
+    return rope
+
+
+def rope_frequencies(rope: dict, head_dim: int) -> tuple[Tensor, float]:
+    """Inverse frequencies [d/2] (float32, as every published checkpoint was trained) and the factor on cos and sin.
+
+    `llama3` after Meta's Llama 3.1 release, `yarn` after Peng et al. (arXiv 2309.00071), both as transformers computes them.
+    """
+    theta, kind, dims = rope["rope_theta"], rope["rope_type"], head_dim
+    inverse = 1.0 / theta ** (torch.arange(0, dims, 2, dtype=torch.float32) / dims)
+    if kind == "linear":
+        return inverse / rope["factor"], 1.0
+    if kind == "llama3":
+        wavelength = 2 * math.pi / inverse
+        turns = rope["original_max_position_embeddings"] / wavelength
+        low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+        smooth = ((turns - low) / (high - low)).clamp(0, 1)      # 0: long waves, slowed down; 1: short waves, kept
+        return (1 - smooth) * inverse / factor + smooth * inverse, 1.0
+    if kind == "yarn":
+        factor, original = rope["factor"], rope["original_max_position_embeddings"]
+
+        def dimension(turns):  # the dimension whose wave makes this many turns over the original context
+            return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
+        if rope.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dims - 1)
+        ramp = ((torch.arange(dims // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+        mscale = lambda scale: 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+        attention = rope.get("attention_factor")
+        if attention is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+            attention = mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"])
+        return inverse / factor * ramp + inverse * (1 - ramp), attention if attention is not None else mscale(1)
+    return inverse, 1.0
+
+
+# -------------------------------------------------------------------------------------------------------------- cache
+
+class KVCache:
+    """Static key/value cache [L, b, k, capacity, d]. The first `length` rows are committed; a forward writes its n rows
+    behind them, and `commit` says which of those stay."""
+
+    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device, batch: int = 1):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` rows, keeping what is there."""
+        if capacity > self.capacity:
+            more = (0, 0, 0, capacity - self.capacity)
+            self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put keys and values [b, k, n, d] behind the committed rows; return views [b, k, length + n, d] to attend to."""
+        end = self.length + keys.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} rows and {end} are needed; reserve more")
+        self.keys[layer, :, :, self.length:end] = keys
+        self.values[layer, :, :, self.length:end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def commit(self, rows: list[int]) -> None:
+        """Keep these of the rows written last (0 = the first of them), in this order; the others are overwritten next time."""
+        if rows != list(range(len(rows))):  # a path through a tree: bring its rows together, all layers at once
+            index = torch.tensor(rows, device=self.keys.device) + self.length
+            self.keys[:, :, :, self.length:self.length + len(rows)] = self.keys[:, :, :, index]
+            self.values[:, :, :, self.length:self.length + len(rows)] = self.values[:, :, :, index]
+        self.length += len(rows)
+
+
+# ------------------------------------------------------------------------------------------------------------- layers
+
+class Linear(nn.Module):
+    """x @ weight.T without bias. After `pack()` on a CPU it runs on oneDNN's prepacked weights: about twice as fast at n = 1,
+    and nearly as fast at n = 8 as at n = 1."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.packed = None
+
+    def pack(self) -> None:
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().contiguous(), 16)
+        self.weight = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return F.linear(x, self.weight)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, inputs: int):
+        super().__init__()
+        self.h, self.k, self.d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.qkv_proj = Linear(inputs, (self.h + 2 * self.k) * self.d)
+        self.o_proj = Linear(self.h * self.d, config.hidden_size)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(self.d, config.rms_norm_eps), RMSNorm(self.d, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache, layer: int) -> Tensor:
+        b, n, _ = x.shape
+        h, k, d, g = self.h, self.k, self.d, self.h // self.k
+        qkv = self.qkv_proj(x).view(b, n, h + 2 * k, d)
+        qk, values = qkv[:, :, :h + k], qkv[:, :, h + k:]
+        if self.qk_norm:
+            qk = torch.cat((self.q_norm(qk[:, :, :h]), self.k_norm(qk[:, :, h:])), dim=2)
+        cos, sin = rotary                                                          # [b, n, 1, d]
+        qk = qk * cos + torch.cat((-qk[..., d // 2:], qk[..., :d // 2]), dim=-1) * sin
+        keys, values = cache.write(layer, qk[:, :, h:].transpose(1, 2), values.transpose(1, 2))
+        # The g query heads that share a key head become rows of one attention: no key is read or copied twice.
+        queries = qk[:, :, :h].view(b, n, k, g, d).permute(0, 2, 3, 1, 4).reshape(b, k, g * n, d)
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return self.o_proj(out.view(b, k, g, n, d).permute(0, 3, 1, 2, 4).reshape(b, n, h * d))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class MoE(nn.Module):
+    """Qwen3-MoE: softmax over all experts, the best `num_experts_per_tok` run, their weights renormalised if asked."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        experts, H, I = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.top_k, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = Linear(H, experts)
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * I, H))
+        self.down_proj = nn.Parameter(torch.empty(experts, H, I))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])                                          # [b*n, H]
+        probs = self.gate(rows).softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+        weights, chosen = probs.topk(self.top_k, dim=-1)                           # [b*n, top_k]
+        if self.renormalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights, out = weights.to(x.dtype), torch.zeros_like(rows)
+        for expert in chosen.unique().tolist():
+            row, slot = (chosen == expert).nonzero(as_tuple=True)
+            gate, up = F.linear(rows[row], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            out.index_add_(0, row, F.linear(F.silu(gate) * up, self.down_proj[expert]) * weights[row, slot, None])
+        return out.view_as(x)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.index = index
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, config.hidden_size)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoE(config) if index in config.moe_layers else MLP(config)
+
+    def forward(self, x: Tensor, rotary, mask, cache: KVCache) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, self.index)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class _Decoder(nn.Module):
+    """What the target and the head share: rotary tables and the shape of the mask."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        with torch.device("cpu"):
+            inverse, self.rope_factor = rope_frequencies(config.rope, config.head_dim)
+        self.register_buffer("inverse", inverse, persistent=False)
+
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [b, n, 1, d] for positions [b, n], computed in float32."""
+        angles = positions[..., None].float() * self.inverse
+        angles = torch.cat((angles, angles), dim=-1)[:, :, None]
+        return (angles.cos() * self.rope_factor).to(dtype), (angles.sin() * self.rope_factor).to(dtype)
+
+    def group(self, mask: Tensor | None, n: int, length: int) -> Tensor | None:
+        """A mask [n, m] or [b, n, m] (True = attend; None = causal) as attention reads it: [b, 1, g*n, m], made once a forward."""
+        if mask is None:
+            if n == 1:
+                return None
+            device = self.inverse.device
+            mask = torch.arange(length + n, device=device) <= torch.arange(length, length + n, device=device)[:, None]
+        if mask.dim() == 2:
+            mask = mask[None]
+        return mask[:, None].repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
+
+    def pack(self) -> None:
+        """Prepack every Linear for oneDNN where that is the faster path: a CPU, in float32 or bfloat16. Inference only."""
+        for module in self.modules():
+            if isinstance(module, Linear) and module.weight.device.type == "cpu" and torch.backends.mkldnn.is_available() \
+                    and module.weight.dtype in (torch.float32, torch.bfloat16):
+                module.pack()
+
+
+class Model(_Decoder):
+    """The target. Build one with `load_model`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        return KVCache(self.config, capacity, self.dtype, self.device, batch)
+
+    def forward(self, tokens: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None = None, *,
+                taps: tuple[int, ...] = (), last_only: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Run n new tokens behind the committed rows of `cache`; the caller then commits those that stay.
+
+        tokens, positions: [b, n] int64. mask: bool [n, m] or [b, n, m] with m = cache.length + n, True = attend; None = causal.
+        taps: layers whose outputs to return (-1 = the embeddings), for a draft head. last_only: logits of the last token alone.
+        Returns logits [b, n or 1, V] and features [b, n, len(taps) * H], or None without taps.
+        """
+        x = self.embed_tokens(tokens)                                              # [b, n, H]
+        rotary = self.rotary(positions, x.dtype)
+        mask = self.group(mask, tokens.shape[1], cache.length)
+        tapped = {-1: x} if taps else {}
+        for layer in self.layers:
+            x = layer(x, rotary, mask, cache)
+            if layer.index in taps:
+                tapped[layer.index] = x
+        logits = self.lm_head(self.norm(x[:, -1:] if last_only else x))
+        return logits, torch.cat([tapped[i] for i in taps], dim=-1) if taps else None
+
+
+class Eagle3(_Decoder):
+    """The EAGLE-3 draft head (Li et al., arXiv 2503.01840; keys and pairing as in the EAGLE and SpecForge repositories).
+
+    It reads, at position i, the target's feature of token i and the embedding of token i+1, and guesses token i+2. Its cache
+    keeps committed positions only: its own guesses are overwritten by the next round's true features.
+    """
+
+    def __init__(self, config: ModelConfig, taps: tuple[int, ...]):
+        super().__init__(config)
+        H, eps = config.hidden_size, config.rms_norm_eps
+        self.taps = taps
+        self.fc = Linear(len(taps) * config.target_hidden_size, H)
+        self.embed_tokens = nn.Embedding(config.vocab_size, H)
+        self.input_layernorm, self.hidden_norm = RMSNorm(H, eps), RMSNorm(H, eps)
+        self.self_attn = Attention(config, 2 * H)
+        self.post_attention_layernorm = RMSNorm(H, eps)
+        self.mlp = MLP(config)
+        self.norm = RMSNorm(H, eps)
+        self.lm_head = Linear(H, config.draft_vocab_size)
+        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))  # target id - draft id
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        return KVCache(self.config, capacity, self.norm.weight.dtype, self.norm.weight.device, batch)
+
+    def to_target(self, draft_ids: Tensor) -> Tensor:
+        """Ids in the draft vocabulary -> ids in the target's, any shape."""
+        return draft_ids + self.d2t[draft_ids]
+
+    def forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, cache: KVCache,
+                mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One draft step. tokens, positions [b, n]; hidden [b, n, H] is `fc(target features)` or this method's own second
+        result; mask as in Model.forward. Returns logits over the draft vocabulary [b, n, draft V] and hidden [b, n, H]."""
+        x = torch.cat((self.input_layernorm(self.embed_tokens(tokens)), self.hidden_norm(hidden)), dim=-1)  # [b, n, 2H]
+        mask = self.group(mask, tokens.shape[1], cache.length)
+        hidden = hidden + self.self_attn(x, self.rotary(positions, x.dtype), mask, cache, 0)
+        hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return self.lm_head(self.norm(hidden)), hidden
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+def fetch_checkpoint(name: str, revision: str | None = None) -> Path:
+    """A local folder as it is, or a Hub id through huggingface_hub's cache (HF_HUB_OFFLINE and `revision` are honoured)."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise CheckpointError(f"checkpoint {name!r} is neither a folder nor a Hub id such as 'owner/name'")
+    from huggingface_hub import errors, snapshot_download
+    try:
+        patterns = ["*.safetensors", "*.json", "*.jinja", "pytorch_model.bin"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"checkpoint {name!r} is no local folder and could not be had from the Hub: {reason}") from None
+
+
+class _Tensors:
+    """Names, shapes and lazily read tensors of a checkpoint folder: safetensors, sharded or not, or a `pytorch_model.bin`."""
+
+    def __init__(self, folder: Path, rename=lambda name: name):
+        self.shapes, self.read, self.where = {}, {}, folder
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            names = _read_json(index).get("weight_map")
+            if not isinstance(names, dict) or not names or not all(isinstance(v, str) for v in names.values()):
+                raise CheckpointError(f"{index}: field 'weight_map' is missing or no object of file names")
+            shards = sorted(set(names.values()))
+            for shard in shards:
+                if Path(shard).name != shard or not (folder / shard).is_file():
+                    raise CheckpointError(f"{index}: names the shard {shard!r:.120}, which is no file in that folder")
+        elif (folder / "model.safetensors").exists():
+            shards = ["model.safetensors"]
+        elif (folder / "pytorch_model.bin").exists():
+            path = folder / "pytorch_model.bin"
+            try:  # weights_only: tensors and nothing that could run
+                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                self.shapes = {rename(name): tuple(value.shape) for name, value in tensors.items()}
+            except Exception as error:  # torch raises whatever the damage provokes
+                raise CheckpointError(f"{path}: not a file of plain tensors ({str(error).splitlines()[0]:.120})") from None
+            self.read = {rename(name): (lambda value=value: value) for name, value in tensors.items()}
+            return
+        else:
+            raise CheckpointError(f"{folder}: holds no model.safetensors, no model.safetensors.index.json and no pytorch_model.bin")
+        for shard in shards:
+            try:
+                handle = safe_open(folder / shard, framework="pt")   # a memory map: tensors are read when asked for
+                for name in handle.keys():
+                    self.shapes[rename(name)] = tuple(handle.get_slice(name).get_shape())
+                    self.read[rename(name)] = lambda handle=handle, name=name: handle.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{folder / shard}: not a whole safetensors file ({error})") from None
+
+
+def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple]], dtype, device, optional=()) -> None:
+    """Give every parameter of a meta-device `module` its tensor. `parts` maps a parameter to the tensors of the checkpoint,
+    with their shapes, that are stacked to make it. A missing, extra or misshapen tensor is an error that names it."""
+    state, used = {}, set(optional)
+    for name, value in module.state_dict().items():
+        pieces = []
+        for source, shape in parts.get(name, {name: tuple(value.shape)}).items():
+            if source not in tensors.shapes:
+                raise CheckpointError(f"{tensors.where}: tensor '{source}' is missing; expected shape {list(shape)}")
+            if tensors.shapes[source] != shape:
+                raise CheckpointError(f"{tensors.where}: tensor '{source}' has shape {list(tensors.shapes[source])}; "
+                                      f"config.json implies {list(shape)}")
+            pieces.append(tensors.read[source]().to(device=device, dtype=dtype if value.is_floating_point() else value.dtype))
+            used.add(source)
+        state[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces).view(value.shape)
+    extra = sorted(set(tensors.shapes) - used)
+    if extra:
+        more = f" and {len(extra) - 1} more" if extra[1:] else ""
+        raise CheckpointError(f"{tensors.where}: tensor '{extra[0]}'{more} has no place in this architecture")
+    module.load_state_dict(state, assign=True)
+    module.inverse = module.inverse.to(device)
+    module.requires_grad_(False).eval()
+
+
+def _stacked(config: ModelConfig, ours: str, theirs: str, inputs: int, size: int, moe: bool = False) -> dict[str, dict[str, tuple]]:
+    """The tensors of one layer that we keep stacked: q, k and v; gate and up; the experts."""
+    H, h, k, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    parts = {f"{ours}self_attn.qkv_proj.weight": {f"{theirs}self_attn.{p}_proj.weight": (n * d, inputs)
+                                                  for p, n in (("q", h), ("k", k), ("v", k))}}
+    if not moe:
+        return parts | {f"{ours}mlp.gate_up_proj.weight": {f"{theirs}mlp.{p}_proj.weight": (size, H) for p in ("gate", "up")}}
+    experts = [f"{theirs}mlp.experts.{e}." for e in range(config.num_experts)]
+    return parts | {
+        f"{ours}mlp.gate_up_proj": {f"{e}{p}_proj.weight": (size, H) for e in experts for p in ("gate", "up")},
+        f"{ours}mlp.down_proj": {f"{e}down_proj.weight": (H, size) for e in experts}}
+
+
+def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu",
+               pack: bool = True) -> Model:
+    """Load a target from a local folder holding config.json and safetensors.
+
+    `pack` prepacks its matrices on a CPU. Raises CheckpointError on an unknown architecture or field and on any missing,
+    extra or misshapen tensor.
+    """
+    folder = Path(folder)
+    config = ModelConfig.read(folder)
+    tensors = _Tensors(folder)
+    with torch.device("meta"):
+        model = Model(config)
+    parts = {name: {f"model.{name}": tuple(value.shape)} for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    for i in range(config.num_hidden_layers):
+        moe = i in config.moe_layers
+        size = config.moe_intermediate_size if moe else config.intermediate_size
+        parts |= _stacked(config, f"layers.{i}.", f"model.layers.{i}.", config.hidden_size, size, moe)
+    optional = {name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings:
+        parts["lm_head.weight"] = parts["embed_tokens.weight"]
+        optional.add("lm_head.weight")
+    _fill(model, tensors, parts, dtype, device, optional)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    if pack:
+        model.pack()
+    return model
+
+
+def load_eagle3(folder: str | Path, target: Model, *, pack: bool = True) -> Eagle3:
+    """Load an EAGLE-3 head for `target`: EAGLE's `pytorch_model.bin` or a safetensors layout, in the target's dtype and device.
+
+    `t2d` is not needed and skipped; `d2t` may be absent where both vocabularies are one; `embed_tokens` is shared with the
+    target where the head has none. Raises CheckpointError, also where the head belongs to a target of another shape.
+    """
+    folder = Path(folder)
+    config = ModelConfig.read(folder, head=True)
+    layers, wanted = target.config.num_hidden_layers, target.config.hidden_size
+    for name, got, want in (("vocab_size", config.vocab_size, target.config.vocab_size),
+                            ("target_hidden_size", config.target_hidden_size, wanted)):
+        if got != want:
+            raise CheckpointError(f"{folder / 'config.json'}: field '{name}' is {got}, but the target's is {want}: a head of another model?")
+    taps = config.taps or (1, layers // 2 - 1, layers - 4)
+    if not all(-1 <= t < layers for t in taps):
+        raise CheckpointError(f"{folder / 'config.json'}: the head reads the outputs of layers {taps}; the target has {layers}")
+
+    def rename(name):  # every published layout down to EAGLE's own, then ours without 'midlayer.'
+        for prefix in ("model.", "midlayer.", "layers.0."):
+            name = name.removeprefix(prefix)
+        return name
+
+    tensors = _Tensors(folder, rename)
+    with torch.device("meta"):
+        head = Eagle3(config, taps)
+    shared = "embed_tokens.weight" not in tensors.shapes
+    if shared:
+        if config.hidden_size != wanted:
+            raise CheckpointError(f"{tensors.where}: tensor 'embed_tokens.weight' is missing and the target's is {wanted} wide, not {config.hidden_size}")
+        head.embed_tokens = None
+    if "d2t" not in tensors.shapes:
+        if config.draft_vocab_size != config.vocab_size:
+            raise CheckpointError(f"{tensors.where}: tensor 'd2t' is missing; expected shape [{config.draft_vocab_size}]")
+        del head.d2t
+    _fill(head, tensors, _stacked(config, "", "", 2 * config.hidden_size, config.intermediate_size), target.dtype, target.device,
+          {"t2d", *(name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq"))})
+    if shared:
+        head.embed_tokens = target.embed_tokens
+    if not hasattr(head, "d2t"):
+        head.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64, device=target.device))
+    reach = torch.arange(config.draft_vocab_size, device=target.device) + head.d2t
+    if reach.min() < 0 or reach.max() >= config.vocab_size:
+        raise CheckpointError(f"{tensors.where}: tensor 'd2t' points outside the target's vocabulary of {config.vocab_size}")
+    if pack:
+        head.pack()
+    return head
