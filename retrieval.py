@@ -1,0 +1,177 @@
+"""Two stores that guess continuations at next to no cost: an adjacency matrix and an n-gram index. Imports only torch.
+
+Both answer with a branch (tokens, parents, scores): a small tree whose parents come first, -1 meaning the token it grows
+from, and whose scores estimate the log-probability that the target follows it that far.
+"""
+
+import heapq
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+Branch = tuple[list[int], list[int], list[float]]
+RANK_PROBABILITIES = (0.45, 0.12, 0.06, 0.04, 0.03, 0.02, 0.015, 0.01)   # that a row's r-th token comes next
+MATCH_PROBABILITIES = (0.0, 0.2, 0.4, 0.55, 0.65, 0.72, 0.78, 0.82, 0.85)   # that text goes on as after an m-token match
+
+
+@lru_cache(maxsize=256)
+def template(size: int, ranks: tuple[float, ...], depth: int = 16) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]:
+    """The fixed tree of ranks for `size` free slots: parents, ranks and log-probabilities of its likeliest nodes.
+
+    With falling `ranks` it is unbalanced as in the paper: the rank-0 chain runs deepest, lower ranks get fewer children.
+    """
+    parents, chosen, scores, depths = [], [], [], []
+    heap = [(-math.log(p), r, -1, 1) for r, p in enumerate(ranks) if p > 0]
+    heapq.heapify(heap)
+    while heap and len(parents) < size:
+        cost, rank, parent, d = heapq.heappop(heap)
+        parents.append(parent)
+        chosen.append(rank)
+        scores.append(-cost)
+        depths.append(d)
+        if d < depth:
+            for r, p in enumerate(ranks):
+                if p > 0:
+                    heapq.heappush(heap, (cost - math.log(p), r, len(parents) - 1, d + 1))
+    order = sorted(range(len(parents)), key=lambda i: depths[i])   # level by level, so that a level is one gather
+    number = {old: new for new, old in enumerate(order)} | {-1: -1}
+    return (tuple(number[parents[i]] for i in order), tuple(chosen[i] for i in order), tuple(scores[i] for i in order))
+
+
+class AdjacencyMatrix:
+    """M: row x holds the k likeliest successors of token x when the target last read it; -1 where it never has.
+
+    [vocab, k] int32 on the model's device, bounded by its shape. Source: the Graft paper, and Token Recycling
+    (arXiv 2408.08696), which introduced the matrix.
+    """
+
+    def __init__(self, vocab_size: int, k: int = 8, device="cpu", ranks: tuple[float, ...] = RANK_PROBABILITIES):
+        self.rows = torch.full((vocab_size, k), -1, dtype=torch.int32, device=device)
+        self.ranks = tuple(ranks[:k])
+
+    def update(self, tokens: Tensor, logits: Tensor) -> None:
+        """Write the successors of each verified token: tokens [n], logits [n, vocab]."""
+        self.rows[tokens] = logits.topk(self.rows.shape[1], dim=-1).indices.int()
+
+    def propose(self, anchors: list[int], size: int) -> list[Branch]:
+        """For each anchor token, the template for `size` nodes filled from the matrix: one gather a level for all of them.
+        A row never written yields no node, and so nothing below it."""
+        parents, ranks, scores = template(size, self.ranks)
+        if not parents or not anchors:
+            return [([], [], []) for _ in anchors]
+        device = self.rows.device
+        filled = torch.full((len(anchors), len(parents) + 1), -1, dtype=torch.int64, device=device)
+        filled[:, -1] = torch.tensor(anchors, device=device)      # the last column is where parent -1 looks
+        start = 0
+        while start < len(parents):
+            end = start + 1                                       # a level: nodes whose parents are all filled
+            while end < len(parents) and parents[end] < start:
+                end += 1
+            above = filled[:, parents[start:end]]
+            below = self.rows[above.clamp_min(0), torch.tensor(ranks[start:end], device=device)]
+            filled[:, start:end] = torch.where(above < 0, -1, below)
+            start = end
+        branches = []
+        for row in filled[:, :-1].tolist():
+            number, branch = {-1: -1}, ([], [], [])
+            for i, token in enumerate(row):
+                if token >= 0:
+                    number[i] = len(branch[0])
+                    branch[0].append(token)
+                    branch[1].append(number[parents[i]])
+                    branch[2].append(scores[i])
+            branches.append(branch)
+        return branches
+
+
+class NGramIndex:
+    """Every earlier place where the text ended as it does now, over prompt, output and an optional corpus.
+
+    A dictionary from token pairs to the last `places` positions after them; how much more than the pair agrees is found by
+    comparing backwards. Lookup costs places * longest comparisons whatever the length of the text. Holds at most `capacity`
+    tokens: when they are exceeded the older half is forgotten.
+    """
+
+    def __init__(self, capacity: int = 1 << 20, places: int = 16, longest: int = 8,
+                 matches: tuple[float, ...] = MATCH_PROBABILITIES):
+        self.capacity, self.places, self.longest, self.matches = capacity, places, longest, matches
+        self.tokens: list[int] = []
+        self.after: dict[tuple[int, int], list[int]] = {}
+
+    def append(self, tokens: list[int]) -> None:
+        """Add tokens to the text; -1 separates texts that have nothing to do with each other."""
+        for token in tokens:
+            self.tokens.append(token)
+            end = len(self.tokens)
+            if end > 1 and token >= 0 and self.tokens[-2] >= 0:
+                found = self.after.setdefault((self.tokens[-2], token), [])
+                found.append(end)
+                if len(found) > self.places:
+                    del found[0]
+        if len(self.tokens) > self.capacity:
+            kept, self.tokens, self.after = self.tokens[-self.capacity // 2:], [], {}
+            self.append(kept)
+
+    def propose(self, size: int, path: tuple[int, ...] = (), depth: int = 16) -> Branch:
+        """The `size` likeliest continuations of text + `path`, as one weighted tree.
+
+        Places that match longer weigh more (match length squared); where they disagree the probability is shared out by weight.
+        """
+        text, branch = self.tokens, ([], [], [])
+        tail = (tuple(text[-self.longest:]) + tuple(path))[-self.longest:]
+        places = []
+        for place in self.after.get(tuple(tail[-2:]), ()):
+            length = 2
+            while length < len(tail) and place > length and text[place - length - 1] == tail[-length - 1] >= 0:
+                length += 1
+            if place < len(text):
+                places.append((place, length))
+        heap = []
+
+        def push(places, parent, score, level):
+            votes: dict[int, list] = {}
+            for place, length in places:
+                if place < len(text) and text[place] >= 0:
+                    votes.setdefault(text[place], []).append((place + 1, min(length + 1, self.longest)))
+            total = sum(length * length for found in votes.values() for _, length in found)
+            for token, found in votes.items():
+                share = sum(length * length for _, length in found) / total
+                matched = max(length for _, length in found) - 1
+                heapq.heappush(heap, (-score - math.log(share * self.matches[min(matched, len(self.matches) - 1)]),
+                                      len(branch[0]), token, parent, found, level))
+
+        push(places, -1, 0.0, 1)
+        while heap and len(branch[0]) < size:
+            cost, _, token, parent, found, level = heapq.heappop(heap)
+            branch[0].append(token)
+            branch[1].append(parent)
+            branch[2].append(-cost)
+            if level < depth:
+                push(found, len(branch[0]) - 1, -cost, level + 1)
+        return branch
+
+
+def save_stores(path, adjacency: AdjacencyMatrix, ngrams: NGramIndex) -> None:
+    """Write both stores to a safetensors file, so that a later run starts warm."""
+    from safetensors.torch import save_file
+    save_file({"adjacency": adjacency.rows.cpu(), "tokens": torch.tensor(ngrams.tokens, dtype=torch.int32)}, path)
+
+
+def load_stores(path, adjacency: AdjacencyMatrix, ngrams: NGramIndex) -> None:
+    """Read what `save_stores` wrote. Raises ValueError where the file is damaged or belongs to another vocabulary."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        stored = load_file(path)
+        rows, tokens = stored["adjacency"], stored["tokens"]
+    except (SafetensorError, KeyError, OSError) as error:
+        raise ValueError(f"{path}: not a store that Graft saved ({error})") from None
+    vocab = adjacency.rows.shape[0]
+    if rows.shape != adjacency.rows.shape or rows.dtype != torch.int32:
+        raise ValueError(f"{path}: adjacency has shape {list(rows.shape)}; this model needs {list(adjacency.rows.shape)} of int32")
+    if rows.numel() and (rows.min() < -1 or rows.max() >= vocab) or tokens.numel() and (tokens.min() < -1 or tokens.max() >= vocab):
+        raise ValueError(f"{path}: holds token ids outside the vocabulary of {vocab}")
+    adjacency.rows.copy_(rows)
+    ngrams.append(tokens.tolist() + [-1])

@@ -1,0 +1,122 @@
+"""The token tree: one structure from drafting through pruning, grafting and verification. Imports only torch.
+
+A tree hangs below its root, the last committed token, which the target chose but has not read yet. Node 0 is the root; every
+other node is one guess at a continuation. n counts nodes with the root; budgets count them without.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+ROOT, DRAFT, NGRAM, ADJACENCY, TARGET = "root", "draft", "ngram", "adjacency", "target"
+Branch = tuple[list[int], list[int], list[float]]   # tokens, parents (-1: the anchor it grows from), scores: see `Tree.graft`
+
+
+@dataclass
+class Tree:
+    """Lists of length n. A parent always comes before its children, and no parent has two children with one token."""
+
+    tokens: list[int]
+    parents: list[int] = field(default_factory=lambda: [-1])
+    depths: list[int] = field(default_factory=lambda: [0])
+    scores: list[float] = field(default_factory=lambda: [0.0])   # S: log-probability that the target goes this way from the root
+    sources: list[str] = field(default_factory=lambda: [ROOT])
+    child: dict[tuple[int, int], int] = field(default_factory=dict, repr=False)   # (parent, token) -> node
+
+    @classmethod
+    def rooted(cls, token: int) -> "Tree":
+        return cls([token])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add(self, token: int, parent: int, score: float, source: str) -> int:
+        """The child of `parent` that holds `token`: the one that is there already, else a new node. Returns its number."""
+        node = self.child.get((parent, token))
+        if node is None:
+            node = self.child[parent, token] = len(self.tokens)
+            self.tokens.append(token)
+            self.parents.append(parent)
+            self.depths.append(self.depths[parent] + 1)
+            self.scores.append(min(score, self.scores[parent]))  # a child is never likelier than its parent
+            self.sources.append(source)
+        return node
+
+    def path(self, node: int) -> list[int]:
+        """Nodes from the root's child down to `node`; empty for the root."""
+        nodes = []
+        while node > 0:
+            nodes.append(node)
+            node = self.parents[node]
+        return nodes[::-1]
+
+    def leaves(self) -> list[int]:
+        inner = set(self.parents)
+        return [node for node in range(len(self)) if node not in inner]
+
+    # ------------------------------------------------------------------------------------------ draft, prune, graft
+
+    def expand(self, frontier: list[int], tokens: list[list[int]], logprobs: list[list[float]]) -> list[int]:
+        """One beam step: give frontier node i the children tokens[i] with log-probabilities logprobs[i]. Returns the new nodes."""
+        return [self.add(token, node, self.scores[node] + logprob, DRAFT)
+                for node, row, row_logprobs in zip(frontier, tokens, logprobs) for token, logprob in zip(row, row_logprobs)]
+
+    def best(self, nodes: list[int], k: int) -> list[int]:
+        """The k likeliest of `nodes`, best first; of equals, the older."""
+        return sorted(nodes, key=lambda node: (-self.scores[node], node))[:k]
+
+    def top(self, k: int) -> "Tree":
+        """The root and the k likeliest nodes, in the old order. Prefix-closed, because a child never scores above its parent."""
+        kept = [0] + sorted(self.best(list(range(1, len(self))), k))
+        return self.select(kept)
+
+    def within(self, depth: int) -> "Tree":
+        """The part that is at most `depth` below the root."""
+        return self if max(self.depths) <= depth else self.select([i for i, d in enumerate(self.depths) if d <= depth])
+
+    def select(self, kept: list[int]) -> "Tree":
+        """The tree of these nodes, which must be ascending, hold the root, and hold each one's parent."""
+        number = {old: new for new, old in enumerate(kept)}
+        number[-1] = -1
+        pick = lambda values: [values[i] for i in kept]
+        parents = [number[p] for p in pick(self.parents)]
+        tree = Tree(pick(self.tokens), parents, pick(self.depths), pick(self.scores), pick(self.sources))
+        tree.child = {(parents[i], tree.tokens[i]): i for i in range(1, len(kept))}
+        return tree
+
+    def graft(self, branches: list[tuple[int, str, Branch]], budget: int) -> None:
+        """Merge retrieved branches as a trie, likeliest node first over all of them, until the tree has `budget` nodes below
+        its root. Each branch is (anchor node, source, (tokens, parents, scores)) with scores relative to its anchor and never
+        rising from parent to child. A branch that repeats what is there walks on through it and costs nothing."""
+        order = sorted((-self.scores[anchor] - score, which, i)
+                       for which, (anchor, _, (_, _, scores)) in enumerate(branches) for i, score in enumerate(scores))
+        place = {}
+        for minus_score, which, i in order:
+            anchor, source, (tokens, parents, _) = branches[which]
+            parent = anchor if parents[i] < 0 else place[which, parents[i]]
+            if (parent, tokens[i]) not in self.child and len(self) > budget:
+                return
+            place[which, i] = self.add(tokens[i], parent, -minus_score, source)
+
+    # ------------------------------------------------------------------------------------------------------- verify
+
+    def mask(self, length: int = 0, device="cpu") -> Tensor:
+        """bool [n, length + n], True = attend: every node sees the `length` committed tokens, its ancestors and itself."""
+        parents = torch.tensor([max(parent, 0) for parent in self.parents])
+        seen = torch.eye(len(self), dtype=torch.bool)
+        for _ in range(max(self.depths)):     # after step i, a node sees its i nearest ancestors
+            seen |= seen[parents]
+        return torch.cat((torch.ones(len(self), length, dtype=torch.bool), seen), dim=1).to(device)
+
+    def positions(self, start: int, device="cpu") -> Tensor:
+        """int64 [n]: the root's position `start` plus each node's depth."""
+        return torch.tensor(self.depths, device=device) + start
+
+    def accept(self, picks: list[int]) -> list[int]:
+        """The acceptance walk: picks[i] is the token the target puts after node i. Returns the nodes it agrees with, from the
+        root on, the root included; the pick at the last of them is the next root."""
+        path = [0]
+        while (following := self.child.get((path[-1], picks[path[-1]]))) is not None:
+            path.append(following)
+        return path
