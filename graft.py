@@ -59,16 +59,20 @@ class GraftConfig:
     adjacency: bool = True
     ngrams: bool = True
     prefill_chunk: int = 512
+    temperature: float = 0.0                     # 0: greedy
+    seed: int = 0
     eos_token_ids: tuple[int, ...] | None = None   # None: the model's own
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}; expected one of {', '.join(METHODS)}")
         for name, low, high in (("max_new_tokens", 1, 2**31), ("budget", 1, 1024), ("depth", 0, 64), ("top_k", 1, 64),
-                                ("graft_anchors", 0, 64), ("prefill_chunk", 1, 2**20)):
+                                ("graft_anchors", 0, 64), ("prefill_chunk", 1, 2**20), ("seed", 0, 2**40)):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}; expected a whole number from {low} to {high}")
+        if not (isinstance(self.temperature, (int, float)) and 0 <= self.temperature <= 100):
+            raise ValueError(f"temperature is {self.temperature!r}; expected a number from 0 to 100")
         if not len(self.checkpoints) == len(self.thresholds) == len(self.retained):
             raise ValueError(f"checkpoints, thresholds and retained have lengths {len(self.checkpoints)}, {len(self.thresholds)} "
                              f"and {len(self.retained)}; expected one length")
@@ -205,7 +209,7 @@ class State:
 @torch.inference_mode()
 def generate(model: Model, prompt: list[int], config: GraftConfig = GraftConfig(), *, state: State | None = None,
              stopped: Callable[[list[int]], bool] | None = None) -> Iterator[Round]:
-    """Continue `prompt` greedily; yield one Round after prefill and one for each round of verification.
+    """Continue `prompt`; yield one Round after prefill and one for each round of verification.
 
     state: carries the draft head (`State(model, EagleDrafter(head))`), caches and stores. stopped: asked after every token
     with all new tokens so far, for stop strings. The output ends behind the first eos token, where `stopped` says so, at
@@ -242,7 +246,7 @@ def generate(model: Model, prompt: list[int], config: GraftConfig = GraftConfig(
         tree = draft_and_prune(root, config, method, drafter, stats)
         branches = retrieve(tree, config, method, state, stats)
         tree = graft(tree, branches, config, room, stats)
-        path, picks, logits, features = verify(model, tree, state, drafter, stats)
+        path, picks, logits, features = verify(model, tree, config, state, drafter, stats)
         accepted = commit([tree.tokens[node] for node in path[1:]] + [picks[path[-1]]])
         update(tree, path, picks, logits, features, method, state, drafter, stats)
         root = picks[path[-1]]
@@ -250,6 +254,19 @@ def generate(model: Model, prompt: list[int], config: GraftConfig = GraftConfig(
         stats.rounds += 1
         stats.accepted.update(sources)
         yield Round(accepted, sources, tree, path, stats)
+
+
+def choose(logits: Tensor, depths: list[int], position: int, config: GraftConfig) -> list[int]:
+    """The target's token after each node: logits [n, V], for text position `position` + depth. Greedy, or a sample by the
+    Gumbel-max trick whose noise depends on (seed, position) alone: plain and speculative decoding pick the same tokens."""
+    if not config.temperature:
+        return logits.argmax(-1).tolist()
+    noise = {}
+    for depth in set(depths):   # on the CPU, so that a seed means the same on every device
+        generator = torch.Generator().manual_seed(config.seed * 2**23 + position + depth)
+        exponential = torch.empty(logits.shape[-1], dtype=torch.float64).exponential_(generator=generator)
+        noise[depth] = -exponential.log().to(logits.device)
+    return (logits.double() / config.temperature + torch.stack([noise[depth] for depth in depths])).argmax(-1).tolist()
 
 
 def prefill(model: Model, prompt: list[int], config: GraftConfig, state: State, drafter: EagleDrafter | None) -> int:
@@ -264,14 +281,14 @@ def prefill(model: Model, prompt: list[int], config: GraftConfig, state: State, 
         positions = torch.arange(start, end, device=model.device)[None]
         logits, features = model(ids[None, start:end], positions, state.cache, taps=drafter.taps if drafter else (), last_only=True)
         state.cache.commit(list(range(end - start)))
-        root = logits[0, -1].argmax()
+        root = choose(logits[0], [0], end, config)[0]
         if drafter:
-            following = torch.cat((ids[start + 1:end], ids[end:end + 1] if end < len(prompt) else root[None]))
-            drafter.observe(features, following[None])
+            following = prompt[start + 1:end] + [prompt[end] if end < len(prompt) else root]
+            drafter.observe(features, torch.tensor([following], device=model.device))
         start = end
     state.tokens = list(prompt)
-    state.ngrams.append([int(root)])
-    return int(root)
+    state.ngrams.append([root])
+    return root
 
 
 def draft_and_prune(root: int, config: GraftConfig, method: Method, drafter: EagleDrafter | None, stats: Stats) -> Tree:
@@ -322,7 +339,7 @@ def graft(tree: Tree, branches: list, config: GraftConfig, room: int, stats: Sta
         return tree
 
 
-def verify(model: Model, tree: Tree, state: State, drafter: EagleDrafter | None, stats: Stats):
+def verify(model: Model, tree: Tree, config: GraftConfig, state: State, drafter: EagleDrafter | None, stats: Stats):
     """Step 5. One target forward over root and nodes, then the acceptance walk.
 
     Returns the accepted nodes, the target's token after each node [n], logits [n, V] and features [1, n, 3H]."""
@@ -333,7 +350,7 @@ def verify(model: Model, tree: Tree, state: State, drafter: EagleDrafter | None,
         mask = tree.mask(length, device) if len(tree) > 1 else None
         logits, features = model(tokens, tree.positions(length, device)[None], state.cache, mask,
                                  taps=drafter.taps if drafter else ())
-        picks = logits[0].argmax(-1).tolist()
+        picks = choose(logits[0], tree.depths, length + 1, config)
         return tree.accept(picks), picks, logits[0], features
 
 

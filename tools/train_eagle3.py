@@ -100,9 +100,12 @@ def generate(args) -> None:
             logits, tapped = model(torch.tensor(current, device=model.device)[:, None], age[:, None], cache, mask[:, None], taps=taps)
             features[torch.arange(b), age.cpu()] = tapped[:, 0].to("cpu", torch.bfloat16)
             best = logits[:, 0].argmax(-1).tolist()
-            heat = torch.tensor([r.answer_temperature if r.answer_from else r.user_temperature for r in rows], device=model.device)
-            scaled = logits[:, 0].float() / heat.clamp_min(1e-3)[:, None]
-            sampled = (scaled - torch.empty_like(scaled).exponential_(generator=noise).log_()).argmax(-1).tolist()
+            heat = [0.0 if r.forced else r.user_temperature if r.answer_from is None else r.answer_temperature for r in rows]
+            hot = [i for i, temperature in enumerate(heat) if temperature]        # noise is dear on a CPU: only where used
+            scaled = logits[hot, 0].float() / torch.tensor(heat, device=model.device)[hot, None]
+            scaled -= torch.empty_like(scaled).exponential_(generator=noise).log_()
+            for i, token in zip(hot, scaled.argmax(-1).tolist()):
+                best[i] = token
         cache.slot = (cache.slot + 1) % ring
         for i, row in enumerate(rows):
             row.tokens.append(current[i])
@@ -111,13 +114,13 @@ def generate(args) -> None:
                 current[i] = row.forced.pop(0)
                 continue
             if row.answer_from is None:
-                current[i] = sampled[i]
+                current[i] = best[i]
                 if current[i] == closing[0] or current[i] in eos or size >= row.prompt_limit:
                     current[i], row.forced, row.answer_from = closing[0], closing[1:], size + len(closing)
                 if ring - size > len(closing) + 8:
                     continue
             else:
-                current[i] = sampled[i] if row.answer_temperature else best[i]
+                current[i] = best[i]
                 if row.tokens[-1] not in eos or size <= row.answer_from:
                     if size < ring - 1 and size - row.answer_from < args.answer_length:
                         continue
