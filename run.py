@@ -26,6 +26,7 @@ from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores  # n
 from tree import Tree  # noqa: E402
 
 DEMO_HEAD = Path(__file__).resolve().parent / "assets" / "smollm2-135m-eagle3"
+DEMO_STORE = DEMO_HEAD.parent / "smollm2-135m-store.safetensors"   # tools/warm_store.py
 CPU_BUDGET, GPU_BUDGET = 15, 60      # nodes below the root; a CPU pays for each, a large GPU hardly
 NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}   # gap of two float32 logits that rounding in this dtype can close
 
@@ -151,14 +152,16 @@ class Setup:
     chat: bool
     system: str | None
     corpus: list[int]
-    store: Path | None
+    store: Path | None        # --store: read if it is there, written at the end
+    warm: Path | None         # the demo model's own start
 
-    def state(self, *, warm: bool = True) -> State:
+    def state(self) -> State:
         ngrams = NGramIndex()
         adjacency = AdjacencyMatrix(self.model.config.vocab_size, device=self.model.device)
         ngrams.append(self.corpus)
-        if warm and self.store and self.store.exists():
-            load_stores(self.store, adjacency, ngrams)
+        start = self.store if self.store and self.store.exists() else self.warm
+        if start:
+            load_stores(start, adjacency, ngrams)
         return State(self.model, EagleDrafter(self.head) if self.head else None, adjacency, ngrams)
 
     def ids(self, messages: list[dict]) -> list[int]:
@@ -206,7 +209,8 @@ def set_up(args) -> Setup:
     corpus = text.encode(read_text(args.corpus, "--corpus")) + [-1] if args.corpus else []
     config = GraftConfig(method=method, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed,
                          budget=args.budget or (CPU_BUDGET if device.type == "cpu" else GPU_BUDGET))
-    return Setup(model, head, text, config, chat, args.system, corpus, Path(args.store) if args.store else None)
+    warm = DEMO_STORE if not args.model and not args.cold and DEMO_STORE.exists() else None
+    return Setup(model, head, text, config, chat, args.system, corpus, Path(args.store) if args.store else None, warm)
 
 
 def read_text(path: str, what: str) -> str:
@@ -474,7 +478,8 @@ def command_bench(args) -> int:
     print("tokens/s, speedup over ar, tokens a round;", ", ".join(f"{n}: {c['different']} different" for n, c in lossless.items()))
     if args.json:
         command = "python run.py " + " ".join(a if "/" not in a else Path(a).name for a in sys.argv[1:])
-        report = {"command": command, "environment": environment(setup), "config": asdict(setup.config), "prompts": len(prompts),
+        report = {"command": command, "environment": environment(setup), "config": asdict(setup.config), "warm_start": bool(setup.warm or setup.store),
+                  "prompts": len(prompts),
                   "methods": table, "lossless": lossless}
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 1 if any(c["different"] for c in lossless.values()) else 0
@@ -521,6 +526,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--stop", action="append", default=[], metavar="TEXT", help="stop behind this text; may be repeated")
     add("--corpus", help="text file whose n-grams may be retrieved")
     add("--store", help="file that keeps adjacency and n-grams between runs")
+    add("--cold", action="store_true", help="start the demo model's adjacency matrix empty, not from assets/")
     args = parser.parse_args(argv if command == "generate" else argv[1:])
     args.command = command
     args.show_tree = getattr(args, "show_tree", False)
