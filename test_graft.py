@@ -82,7 +82,7 @@ class Lifted(torch.overrides.TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.to and args[0].dtype == torch.float64:
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-        if kwargs.get("dtype") is torch.float32 and "softmax" in getattr(func, "__name__", ""):
+        if "softmax" in getattr(func, "__name__", "") and kwargs.get("dtype") is torch.float32 and args[0].dtype == torch.float64:
             kwargs = kwargs | {"dtype": torch.float64}
         return func(*args, **kwargs)
 
@@ -331,7 +331,7 @@ def test_adjacency_fills_its_template(size, k, data):
     rows = {x: logits[i].sort(descending=True).indices[:k].tolist() for i, x in enumerate(written)}
     anchors = data.draw(tokens_of(1, 3))
     parents, ranks, scores = template(size, matrix.ranks)
-    assert len(parents) == size and all(p < i for i, p in enumerate(parents))
+    assert len(parents) == (min(size, 16) if k == 1 else size) and all(p < i for i, p in enumerate(parents))
     for anchor, branch in zip(anchors, matrix.propose(anchors, size)):
         expected = {}
         for i, (parent, rank) in enumerate(zip(parents, ranks)):
@@ -348,14 +348,17 @@ def test_adjacency_fills_its_template(size, k, data):
 
 def test_the_template_is_unbalanced():
     parents, ranks, _ = template(52, (0.3, 0.1, 0.06, 0.045))
-    depth, children = {-1: 0}, {}
+    depth, below = {-1: 0}, {}
     for i, parent in enumerate(parents):
         depth[i] = depth[parent] + 1
-        children[parent] = children.get(parent, 0) + 1
+        while parent >= 0:
+            below[parent] = below.get(parent, 0) + 1
+            parent = parents[parent]
     chain = [i for i in depth if i >= 0 and depth[i] == max(depth.values())]
     assert all(ranks[i] == 0 for i in chain)                                        # the deepest nodes continue rank 0
     first = [i for i in depth if i >= 0 and depth[i] == 1]
-    assert children[first[0]] > children.get(first[-1], 0)
+    sizes = [below.get(i, 0) for i in sorted(first, key=lambda i: ranks[i])]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > 2 * sizes[-1]
 
 
 @given(st.lists(st.integers(-1, 3), min_size=2, max_size=60), st.integers(1, 12), st.lists(st.integers(0, 3), max_size=2))
@@ -416,7 +419,7 @@ def test_stores_come_back_and_others_are_refused(tmp_path):
 class Scripted:
     """A drafter that proposes what a function of (root position) says: the truth, or anything adversarial."""
 
-    taps = ()
+    taps = (0,)
 
     def __init__(self, propose):
         self.propose, self.length = propose, 0
@@ -476,7 +479,7 @@ def test_a_drafter_that_knows_the_answer_is_believed():
     truth, _ = plain_greedy(MODEL, prompt, new)
     right = Scripted(lambda length, depth, top_k: [(truth[length - len(prompt) + 1:][:4], -0.1)])
     got, stats = collect(MODEL, prompt, GraftConfig(method="eagle", max_new_tokens=new, eos_token_ids=()), state=State(MODEL, right))
-    assert got == truth and stats.rounds == math.ceil((new - 1) / 5) and stats.accepted[DRAFT] == new - 1 - math.ceil((new - 1) / 5) + (new - 1) % 5 * 0
+    assert got == truth and stats.rounds == math.ceil((new - 1) / 5) and stats.accepted[DRAFT] == new - 1 - stats.rounds
     wrong = Scripted(lambda length, depth, top_k: [([(t + 1) % VOCAB for t in truth[length - len(prompt) + 1:][:4]], -0.1)])
     got, stats = collect(MODEL, prompt, GraftConfig(method="eagle", max_new_tokens=new, eos_token_ids=()), state=State(MODEL, wrong))
     assert got == truth and stats.rounds == new - 1
@@ -507,10 +510,10 @@ def test_a_conversation_prefills_only_what_is_new_and_says_the_same():
     for turn in range(3):
         got, stats = collect(MODEL, prompt, config, state=state)
         assert got == plain_greedy(MODEL, prompt, 9)[0]
-        assert turn == 0 or kept >= len(prompt) - 4
+        assert stats.prompt_tokens == len(prompt)
         prompt = prompt + got + [turn, 3]
         state.rewind(prompt)
-        kept = state.cache.length + 2
+        assert state.cache.length >= len(prompt) - 4        # all but the last turn's end is cached
     assert collect(MODEL, [7, 1], config, state=state)[0] == plain_greedy(MODEL, [7, 1], 9)[0]
 
 
