@@ -111,6 +111,7 @@ class ModelConfig:
             return cls(**fields, taps=tuple(aux), target_hidden_size=get("target_hidden_size", int, hidden, low=1, high=2**20),
                        draft_vocab_size=get("draft_vocab_size", int, fields["vocab_size"], low=1, high=fields["vocab_size"]))
         if arch == "Qwen3MoeForCausalLM":
+            raw.setdefault("num_experts", raw.get("num_local_experts"))    # its name since transformers 5
             experts = get("num_experts", int, low=1, high=2**14)
             step = get("decoder_sparse_step", int, 1, low=1)
             dense = set(raw.get("mlp_only_layers") or ())
