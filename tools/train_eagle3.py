@@ -1,33 +1,27 @@
-"""Train an EAGLE-3 head for any target that model.py loads, on text that the target writes itself. No download, no dataset.
+"""Text to train an EAGLE-3 head on, written by any target that model.py loads. No download, no dataset.
 
-    python tools/train_eagle3.py generate --tokens 4000000      # the target writes prompts and answers; resumable
-    python tools/train_eagle3.py train --epochs 4               # training-time test; resumable
-    python tools/train_eagle3.py export --out assets/my-head    # safetensors in the published EAGLE-3 layout
+    python tools/train_eagle3.py generate --tokens 4000000      # resumable: finished shards are kept and counted
 
-`generate` samples a user turn from the open user slot of the target's chat template (half of them after a short opener that
-names a kind of task), closes it with the template's own tokens and lets the target answer, greedily or at a temperature. The
-features the head reads are kept as they come by. `train` chains several draft steps as in the EAGLE-3 paper: step j sees
-true features up to position t and its own j guesses behind them; the loss is cross-entropy to the target's full
-distribution on the draft vocabulary. Nothing here reads a benchmark prompt.
+The target samples a user turn from the open user slot of its chat template (half of them after a short opener that names a
+kind of task), the template's own tokens close it, and the target answers, greedily or at a temperature. Kept are the tokens
+and the outputs of four layers: the three that an EAGLE-3 head reads, and the last, from which the target's distribution
+follows. Nothing here reads a benchmark prompt. (Training itself is not written yet.)
 """
 
 import argparse
-import json
-import math
 import random
 import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from demo_model import cache_folder, demo_model  # noqa: E402
-from model import Eagle3, KVCache, ModelConfig, fetch_checkpoint, load_model  # noqa: E402
+from model import KVCache, fetch_checkpoint, load_model  # noqa: E402
 
 OPENERS = [
     "Translate the following sentence into English:\n", "Translate this text from German to English:\n", "Translate into French: ",
