@@ -218,6 +218,11 @@ class KVCache:
         self.values[layer, :, :, self.length:end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Write keys and values, then let queries [b, k, g*n, d] read all that is there; returns [b, k, g*n, d]."""
+        keys, values = self.write(layer, keys, values)
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+
     def commit(self, rows: list[int]) -> None:
         """Keep these of the rows written last (0 = the first of them), in this order; the others are overwritten next time."""
         if rows != list(range(len(rows))):  # a path through a tree: bring its rows together, all layers at once
@@ -276,10 +281,9 @@ class Attention(nn.Module):
             qk = torch.cat((self.q_norm(qk[:, :, :h]), self.k_norm(qk[:, :, h:])), dim=2)
         cos, sin = rotary                                                          # [b, n, 1, d]
         qk = qk * cos + torch.cat((-qk[..., d // 2:], qk[..., :d // 2]), dim=-1) * sin
-        keys, values = cache.write(layer, qk[:, :, h:].transpose(1, 2), values.transpose(1, 2))
         # The g query heads that share a key head become rows of one attention: no key is read or copied twice.
         queries = qk[:, :, :h].view(b, n, k, g, d).permute(0, 2, 3, 1, 4).reshape(b, k, g * n, d)
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        out = cache.attend(layer, queries, qk[:, :, h:].transpose(1, 2), values.transpose(1, 2), mask)
         return self.o_proj(out.view(b, k, g, n, d).permute(0, 3, 1, 2, 4).reshape(b, n, h * d))
 
 
@@ -349,7 +353,7 @@ class _Decoder(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)[:, :, None]
         return (angles.cos() * self.rope_factor).to(dtype), (angles.sin() * self.rope_factor).to(dtype)
 
-    def group(self, mask: Tensor | None, n: int, length: int) -> Tensor | None:
+    def group(self, mask: Tensor | None, n: int, length: int, dtype: torch.dtype) -> Tensor | None:
         """A mask [n, m] or [b, n, m] (True = attend; None = causal) as attention reads it: [b, 1, g*n, m], made once a forward."""
         if mask is None:
             if n == 1:
@@ -358,6 +362,7 @@ class _Decoder(nn.Module):
             mask = torch.arange(length + n, device=device) <= torch.arange(length, length + n, device=device)[:, None]
         if mask.dim() == 2:
             mask = mask[None]
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)  # SDPA's faster kind
         return mask[:, None].repeat(1, 1, self.config.num_attention_heads // self.config.num_key_value_heads, 1)
 
     def pack(self) -> None:
@@ -399,7 +404,7 @@ class Model(_Decoder):
         """
         x = self.embed_tokens(tokens)                                              # [b, n, H]
         rotary = self.rotary(positions, x.dtype)
-        mask = self.group(mask, tokens.shape[1], cache.length)
+        mask = self.group(mask, tokens.shape[1], cache.length, x.dtype)
         tapped = {-1: x} if taps else {}
         for layer in self.layers:
             x = layer(x, rotary, mask, cache)
@@ -442,7 +447,7 @@ class Eagle3(_Decoder):
         """One draft step. tokens, positions [b, n]; hidden [b, n, H] is `fc(target features)` or this method's own second
         result; mask as in Model.forward. Returns logits over the draft vocabulary [b, n, draft V] and hidden [b, n, H]."""
         x = torch.cat((self.input_layernorm(self.embed_tokens(tokens)), self.hidden_norm(hidden)), dim=-1)  # [b, n, 2H]
-        mask = self.group(mask, tokens.shape[1], cache.length)
+        mask = self.group(mask, tokens.shape[1], cache.length, x.dtype)
         hidden = hidden + self.self_attn(x, self.rotary(positions, x.dtype), mask, cache, 0)
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return self.lm_head(self.norm(hidden)), hidden

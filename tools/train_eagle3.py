@@ -9,19 +9,22 @@ follows. Nothing here reads a benchmark prompt. (Training itself is not written 
 """
 
 import argparse
+import json
 import random
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from demo_model import cache_folder, demo_model  # noqa: E402
-from model import KVCache, fetch_checkpoint, load_model  # noqa: E402
+from model import Eagle3, KVCache, Model, fetch_checkpoint, load_eagle3, load_model  # noqa: E402
 
 OPENERS = [
     "Translate the following sentence into English:\n", "Translate this text from German to English:\n", "Translate into French: ",
@@ -40,10 +43,11 @@ class RingCache(KVCache):
 
     slot = 0
 
-    def write(self, layer, keys, values):
+    def attend(self, layer, queries, keys, values, mask):
         self.keys[layer, :, :, self.slot] = keys[:, :, 0]
         self.values[layer, :, :, self.slot] = values[:, :, 0]
-        return self.keys[layer], self.values[layer]
+        scores = queries @ self.keys[layer].transpose(-1, -2) * queries.shape[-1]**-0.5 + mask
+        return scores.softmax(-1) @ self.values[layer]      # on a CPU more than twice as fast here as the fused kernel
 
 
 class Row:
@@ -54,7 +58,7 @@ class Row:
         self.tokens, self.forced, self.answer_from = [], prefix + opener, None
         self.user_temperature = rng.choice((0.8, 0.9, 1.0, 1.0))
         self.answer_temperature = 0.0 if rng.random() < greedy_share else 0.7
-        self.prompt_limit = len(prefix) + len(opener) + rng.choice((40, 80, 160, 240))
+        self.prompt_limit = len(prefix) + len(opener) + rng.choice((40, 60, 80, 100))
 
 
 def looping(tokens: list[int]) -> bool:
@@ -67,7 +71,7 @@ def generate(args) -> None:
     from run import Text
     folder, data = model_folder(args), data_folder(args)
     data.mkdir(parents=True, exist_ok=True)
-    model = load_model(folder, dtype=args.dtype, device=args.device)
+    model = load_model(folder, dtype=args.dtype, device=args.device, pack=False)
     text = Text(folder)
     before, after = text.render([{"role": "user", "content": "\uE000"}]).split("\uE000")
     prefix, closing = text.encode_control(before), text.encode_control(after)
@@ -97,8 +101,9 @@ def generate(args) -> None:
             heat = [0.0 if r.forced else r.user_temperature if r.answer_from is None else r.answer_temperature for r in rows]
             hot = [i for i, temperature in enumerate(heat) if temperature]        # noise is dear on a CPU: only where used
             scaled = logits[hot, 0].float() / torch.tensor(heat, device=model.device)[hot, None]
-            scaled -= torch.empty_like(scaled).exponential_(generator=noise).log_()
-            for i, token in zip(hot, scaled.argmax(-1).tolist()):
+            sums = scaled.softmax(-1).cumsum(-1)
+            drawn = torch.searchsorted(sums, torch.rand(len(hot), 1, generator=noise, device=model.device) * sums[:, -1:])
+            for i, token in zip(hot, drawn.clamp_max(logits.shape[-1] - 1)[:, 0].tolist()):
                 best[i] = token
         cache.slot = (cache.slot + 1) % ring
         for i, row in enumerate(rows):
@@ -134,6 +139,244 @@ def generate(args) -> None:
             print(f"{path.name}: {have:,} of {args.tokens:,} tokens, {made / (time.time() - began):.0f} tokens/s", flush=True)
 
 
+# ------------------------------------------------------------------------------------------------------------ training
+
+class ChainCache:
+    """Attention during training-time test (EAGLE-3, section 3.2). In chained step k, position i reads the true features up to
+    i - k and, behind them, the head's own guesses of steps 1..k: the one of step s that belongs to it was made at i - (k - s).
+    Every position of a batch is trained at once, so those guesses lie on diagonals."""
+
+    length = 0
+
+    def __init__(self):
+        self.past = []                                                             # a pair (keys, values) for each step
+
+    def attend(self, layer, queries, keys, values, mask):                          # [b, k, g*n, d], [b, k, n, d]
+        self.past.append((keys, values))
+        b, k, n, d = keys.shape
+        step, queries = len(self.past) - 1, queries * d**-0.5
+        scores = (queries @ self.past[0][0].transpose(-1, -2) + mask).view(b, k, -1, n, n)
+        queries = queries.view(b, k, -1, n, d)
+        own = [(queries * behind(self.past[s][0], step - s)[:, :, None]).sum(-1) for s in range(1, step + 1)]
+        weights = torch.cat((scores, *(score[..., None] for score in own)), dim=-1).softmax(-1, dtype=torch.float32).to(values.dtype)
+        out = weights[..., :n].flatten(2, 3) @ self.past[0][1]
+        for s in range(1, step + 1):
+            out = out + (weights[..., n + s - 1, None] * behind(self.past[s][1], step - s)[:, :, None]).flatten(2, 3)
+        return out
+
+
+def behind(x: torch.Tensor, by: int) -> torch.Tensor:
+    """x [..., n, d] moved `by` positions to the right, zeros in front."""
+    return F.pad(x[..., :x.shape[-2] - by, :], (0, 0, by, 0)) if by else x
+
+
+def chain(head: Eagle3, tokens, features, steps: int):
+    """Yield the head's logits [b, n, draft V] in `steps` chained steps: tokens [b, n] follow the positions of features [b, n, 3H]."""
+    n, cache = tokens.shape[1], ChainCache()
+    positions = torch.arange(n, device=tokens.device)[None].expand(len(tokens), -1)
+    hidden = head.fc(features)
+    for step in range(steps):
+        mask = torch.ones(n, n, dtype=torch.bool, device=tokens.device).tril(-step)
+        logits, hidden = head(tokens, hidden, positions, cache, mask)
+        yield logits
+        hidden = behind(hidden, 1)
+
+
+class Texts:
+    """The conversations of some shards, read from disk as they are needed."""
+
+    def __init__(self, shards: list[Path]):
+        self.entries = []                                                          # (file, start, length, start of the answer)
+        for path in shards:
+            file, at = safe_open(path, "pt"), 0
+            for size, answer_from in file.get_tensor("lengths").tolist():
+                self.entries.append((file, at, size, answer_from))
+                at += size
+        self.tokens = sum(entry[2] for entry in self.entries)
+
+    def batches(self, rng: random.Random, size: int):
+        """One pass in random order; a batch holds conversations of similar length, about `size` tokens with padding. Yields
+        tokens [b, n] int64, features [b, n, 4H] and answer [b, n], True where a token of the answer is predicted."""
+        order = sorted(self.entries, key=lambda entry: entry[2] + rng.uniform(0, 20))
+        batches, batch = [], []
+        for entry in order:
+            if batch and (len(batch) + 1) * max(e[2] for e in [*batch, entry]) > size:
+                batches.append(batch)
+                batch = []
+            batch.append(entry)
+        batches.append(batch)
+        rng.shuffle(batches)
+        for batch in batches:
+            n = max(entry[2] for entry in batch)
+            tokens, answer, features = torch.zeros(len(batch), n, dtype=torch.int64), torch.zeros(len(batch), n, dtype=torch.int8), None
+            for row, (file, at, length, answer_from) in enumerate(batch):
+                piece = file.get_slice("features")[at:at + length]
+                features = torch.zeros(len(batch), n, piece.shape[1], dtype=piece.dtype) if features is None else features
+                features[row, :length] = piece
+                tokens[row, :length] = file.get_slice("tokens")[at:at + length].long()
+                answer[row, :answer_from - 1], answer[row, answer_from - 1:length] = 1, 2
+            yield tokens, features, answer                                          # answer: 0 padding, 1 the user's turn, 2 the answer
+
+
+def new_head(target: Model, d2t: torch.Tensor) -> Eagle3:
+    """A fresh head: the layer starts as one of the target's last, `lm_head` as the target's own rows, `fc` as the last feature."""
+    layers, H = target.config.num_hidden_layers, target.config.hidden_size
+    config = replace(target.config, num_hidden_layers=1, draft_vocab_size=len(d2t), target_hidden_size=H, qk_norm=False,
+                     architecture="LlamaForCausalLMEagle3", tie_word_embeddings=False)
+    head = Eagle3(config, (1, layers // 2 - 1, layers - 4))
+    head.embed_tokens, head.d2t = target.embed_tokens, d2t
+    source = target.layers[layers - 2]
+    with torch.no_grad():
+        head.fc.weight.normal_(std=0.3 * (3 * H)**-0.5)
+        head.fc.weight[:, 2 * H:] += torch.eye(H)
+        qkv = source.self_attn.qkv_proj.weight.float()
+        head.self_attn.qkv_proj.weight.copy_(torch.cat((torch.randn_like(qkv) * qkv.std(), qkv), dim=1))
+        for name in ("self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj", "post_attention_layernorm"):
+            head.get_submodule(name).weight.copy_(source.get_submodule(name).weight)
+        for norm, weight in ((head.input_layernorm, torch.ones(H)), (head.hidden_norm, source.input_layernorm.weight), (head.norm, target.norm.weight * 0.3)):
+            norm.weight.copy_(weight)
+        head.lm_head.weight.copy_(target.lm_head.weight[torch.arange(len(d2t)) + d2t])
+    return head
+
+
+def save_head(head: Eagle3, folder: Path, target: Model, note: dict) -> None:
+    """Write the published EAGLE-3 layout in bfloat16; `embed_tokens` is shared with the target and left out."""
+    c = head.config
+    q, k, v = head.self_attn.qkv_proj.weight.split([c.num_attention_heads * c.head_dim] + [c.num_key_value_heads * c.head_dim] * 2)
+    gate, up = head.mlp.gate_up_proj.weight.chunk(2)
+    layer = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": head.self_attn.o_proj.weight,
+             "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": head.mlp.down_proj.weight,
+             "input_layernorm": head.input_layernorm.weight, "hidden_norm": head.hidden_norm.weight,
+             "post_attention_layernorm": head.post_attention_layernorm.weight}
+    tensors = {f"midlayer.{name}.weight": value for name, value in layer.items()}
+    tensors |= {"fc.weight": head.fc.weight, "norm.weight": head.norm.weight, "lm_head.weight": head.lm_head.weight}
+    t2d = torch.zeros(c.vocab_size, dtype=torch.bool)
+    t2d[torch.arange(c.draft_vocab_size) + head.d2t.cpu()] = True
+    tensors = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in tensors.items()} | {"d2t": head.d2t.cpu(), "t2d": t2d}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    rope = {key: value for key, value in target.config.rope.items() if key != "original_max_position_embeddings"}
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "torch_dtype": "bfloat16", "hidden_act": "silu",
+        "num_hidden_layers": 1, "tie_word_embeddings": False,
+        **{name: getattr(c, name) for name in ("vocab_size", "draft_vocab_size", "hidden_size", "target_hidden_size", "intermediate_size",
+           "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings")},
+        "rope_theta": rope["rope_theta"], **({"rope_scaling": rope} if rope["rope_type"] != "default" else {}),
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(head.taps)}}, indent=1) + "\n")
+    (folder / "training.json").write_text(json.dumps(note, indent=1) + "\n")
+
+
+@torch.no_grad()
+def validate(head: Eagle3, texts: Texts, target: Model, args, steps: int = 6) -> dict:
+    """On held-out answers: how often the target's choice is the head's first, or among its first 8, in each chained step."""
+    top = torch.zeros(2, steps)
+    count = 0
+    for tokens, features, answer in texts.batches(random.Random(0), args.batch_tokens):
+        tokens, features, kind = tokens.to(args.device), features.to(args.device), answer.to(args.device)[:, 1:]
+        H = target.config.hidden_size
+        best = target.lm_head(target.norm(features[:, 1:, 3 * H:].to(target.dtype))).argmax(-1)   # after position i + 1
+        count += int((kind == 2)[:, steps:].sum())
+        with torch.autocast(args.device.split(":")[0], torch.bfloat16):
+            for step, logits in enumerate(chain(head, tokens[:, 1:], features[:, :-1, :3 * H], steps)):
+                guesses = head.to_target(logits.topk(8).indices)
+                right = (guesses == best[..., None]) & (kind == 2)[..., None]
+                right[:, :steps] = False
+                top[:, step] += torch.stack((right[..., 0].sum(), right.any(-1).sum())).cpu()
+    return {"top1": [round(float(x) / count, 4) for x in top[0]], "top8": [round(float(x) / count, 4) for x in top[1]]}
+
+
+def train(args) -> None:
+    """Minimise the cross-entropy to the target's distribution on the draft vocabulary, in every chained step (training-time test).
+
+    Matrices are updated by Muon, the rest by AdamW. The learning rate warms up, stays, and falls linearly over the last part
+    of the run. The state is saved every few minutes; the same command continues."""
+    data = data_folder(args)
+    target = load_model(model_folder(args), dtype=torch.bfloat16, device=args.device, pack=False)
+    H = target.config.hidden_size
+    shards = sorted(data.glob("shard-*.safetensors"))
+    if len(shards) < 2:
+        raise SystemExit("error: fewer than two shards of self-made text; run the command 'generate' first")
+    held, state_file = Texts(shards[:1]), data / f"{args.name}.pt"
+    state = torch.load(state_file, map_location=args.device, weights_only=True) if state_file.exists() else None
+    if state:
+        d2t = state["head"]["d2t"]
+    else:
+        counts = torch.zeros(target.config.vocab_size)
+        for path in shards[1:]:
+            counts += torch.bincount(safe_open(path, "pt").get_tensor("tokens").long(), minlength=len(counts))
+        chosen = counts.argsort(descending=True, stable=True)[:args.draft_vocab].sort().values
+        print(f"draft vocabulary: {len(chosen)} tokens, {float(counts[chosen].sum() / counts.sum()):.4f} of the text")
+        d2t = (chosen - torch.arange(len(chosen))).to(args.device)
+    head = new_head(target, d2t).to(args.device).float()
+    head.embed_tokens = target.embed_tokens.requires_grad_(False)
+    rows = target.lm_head.weight[torch.arange(len(d2t), device=d2t.device) + d2t]
+    matrices = [p for name, p in head.named_parameters() if p.dim() == 2 and "lm_head" not in name and "embed" not in name]
+    others = [p for name, p in head.named_parameters() if "embed" not in name and all(p is not m for m in matrices)]
+    optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=args.lr / 3, betas=(0.9, 0.98), weight_decay=0.0)]
+    seen, updates, history = 0, 0, []
+    if state:
+        head.load_state_dict(state["head"], strict=False)
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        seen, updates, history = state["seen"], state["updates"], state["history"]
+        print(f"continuing after {seen:,} tokens")
+    elif args.start:
+        head.load_state_dict(load_eagle3(args.start, target, pack=False).float().state_dict(), strict=False)
+    rng, torch_seed = random.Random(args.seed + updates), torch.manual_seed(args.seed + updates)
+    began, start_seen, running, saved_at = time.time(), seen, None, time.time()
+
+    def save():
+        keep = {name: value for name, value in head.state_dict().items() if "embed" not in name}
+        torch.save({"head": keep, "optimizers": [o.state_dict() for o in optimizers], "seen": seen, "updates": updates, "history": history}, f"{state_file}.new")
+        Path(f"{state_file}.new").rename(state_file)
+
+    while seen < args.tokens:
+        texts = Texts(sorted(data.glob("shard-*.safetensors"))[1:])                  # what `generate` has added meanwhile counts
+        for tokens, features, answer in texts.batches(rng, args.batch_tokens):
+            rate = min((updates + 1) / 100, 1.0, max(0.02, (args.tokens - seen) / (args.decay * args.tokens)))
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group.setdefault("base", group["lr"]) * rate
+            tokens, features, kind = tokens.to(args.device), features.to(args.device), answer.to(args.device)[:, 1:]
+            weight = torch.tensor((0.0, args.user_weight, 1.0), device=args.device)[kind.long()]      # [b, n - 1]
+            with torch.no_grad():
+                last = target.norm(features[:, 1:, 3 * H:].to(target.dtype))
+                wanted = F.linear(last, rows).float().softmax(-1)                                     # [b, n - 1, draft V]
+            loss, share = 0.0, 0.0
+            with torch.autocast(args.device.split(":")[0], torch.bfloat16):
+                for step, logits in enumerate(chain(head, tokens[:, 1:], features[:, :-1, :3 * H], args.steps)):
+                    here = weight[:, step:]
+                    losses = torch.logsumexp(logits[:, step:].float(), -1) - (wanted[:, step:] * logits[:, step:]).sum(-1)
+                    loss = loss + args.fade**step * (losses * here).sum() / here.sum()
+                    share += args.fade**step
+            loss = loss / share
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(matrices + others, 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            seen, updates = seen + int((kind > 0).sum()), updates + 1
+            loss = loss.item()
+            running = loss if running is None else 0.98 * running + 0.02 * loss
+            if updates % 20 == 0:
+                speed = (seen - start_seen) / (time.time() - began)
+                print(f"{seen:,} of {args.tokens:,} tokens, loss {running:.4f}, {speed:.0f} tokens/s, "
+                      f"about {(args.tokens - seen) / speed / 60:.0f} min left", flush=True)
+            if updates % args.validate == 0 or seen >= args.tokens:
+                history.append({"tokens": seen, "texts": texts.tokens, "loss": round(running, 4), **validate(head, held, target, args)})
+                print(json.dumps(history[-1]), flush=True)
+            if time.time() - saved_at > 300 or seen >= args.tokens:
+                save()
+                saved_at = time.time()
+            if seen >= args.tokens:
+                break
+    note = {"command": "python tools/train_eagle3.py " + " ".join(a if "/" not in a else Path(a).name for a in sys.argv[1:]),
+            "torch": torch.__version__, "device": args.device, "threads": torch.get_num_threads(), "held_out": history}
+    save_head(head, Path(args.out), target, note)
+    print(f"wrote {args.out}")
+
+
 def shard_tokens(path: Path) -> int:
     with safe_open(path, "pt") as f:
         return int(f.metadata()["tokens"])
@@ -157,14 +400,27 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("generate", help="let the target write prompts and answers")
     make.add_argument("--tokens", type=int, default=4_000_000)
-    make.add_argument("--batch", type=int, default=128)
-    make.add_argument("--length", type=int, default=512, help="longest conversation, in tokens")
-    make.add_argument("--answer-length", type=int, default=320)
+    make.add_argument("--batch", type=int, default=256)
+    make.add_argument("--length", type=int, default=320, help="longest conversation, in tokens")
+    make.add_argument("--answer-length", type=int, default=200)
     make.add_argument("--greedy-share", type=float, default=0.8, help="share of the answers decoded greedily; the rest at temperature 0.7")
     make.add_argument("--shard-tokens", type=int, default=100_000)
+    fit = commands.add_parser("train", help="train a head on it")
+    fit.add_argument("--out", required=True, help="folder for the finished head")
+    fit.add_argument("--name", default="eagle3", help="of the training state, which a second call continues")
+    fit.add_argument("--start", help="folder of a head to start from")
+    fit.add_argument("--tokens", type=int, default=4_000_000, help="training tokens, repetitions included")
+    fit.add_argument("--draft-vocab", type=int, default=8192)
+    fit.add_argument("--steps", type=int, default=4, help="chained steps")
+    fit.add_argument("--fade", type=float, default=0.8, help="weight of a step's loss relative to the one before")
+    fit.add_argument("--user-weight", type=float, default=0.3, help="weight of the user's turn in the loss")
+    fit.add_argument("--batch-tokens", type=int, default=2048)
+    fit.add_argument("--lr", type=float, default=2e-3)
+    fit.add_argument("--decay", type=float, default=0.5, help="last share of the run, in which the learning rate falls to 0")
+    fit.add_argument("--validate", type=int, default=200, help="updates between validations")
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype)
-    {"generate": generate}[args.command](args)
+    {"generate": generate, "train": train}[args.command](args)
 
 
 if __name__ == "__main__":
