@@ -259,7 +259,10 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        """The layer norm of (x, -x), whose mean is 0 and whose variance is the mean of x squared: on a CPU one fused kernel
+        instead of eight small ones, and in bfloat16 rounded exactly as in transformers."""
+        size = x.shape[-1]
+        return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=self.eps)[..., :size] * self.weight
 
 
 class Attention(nn.Module):

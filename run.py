@@ -27,7 +27,16 @@ from tree import Tree  # noqa: E402
 
 DEMO_HEAD = Path(__file__).resolve().parent / "assets" / "smollm2-135m-eagle3"
 DEMO_STORE = DEMO_HEAD.parent / "smollm2-135m-store.safetensors"   # tools/warm_store.py
-CPU_BUDGET, GPU_BUDGET = 15, 60      # nodes below the root; a CPU pays for each, a large GPU hardly
+CALIBRATION = DEMO_HEAD.parent / "calibration"                     # tools/calibrate.py
+CPU_BUDGET, GPU_BUDGET = 15, 60      # nodes below the root where nothing was calibrated; a CPU pays for each, a large GPU hardly
+PAPER = dict(budget=60, depth=7, top_k=10, verify_cost=())         # EAGLE-3's defaults, on which the paper builds
+ABLATIONS = {                        # what bench runs besides the methods: the method, and what it changes
+    "eagle_60": ("eagle", PAPER),
+    "graft_60": ("graft", PAPER | {name: GraftConfig.__dataclass_fields__[name].default for name in ("checkpoints", "thresholds", "retained")}),
+    "graft_at_root": ("graft", dict(graft_anchors=0)),
+    "graft_no_adjacency": ("graft", dict(adjacency=False)),
+    "graft_no_ngrams": ("graft", dict(ngrams=False)),
+}
 NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}   # gap of two float32 logits that rounding in this dtype can close
 
 
@@ -152,6 +161,7 @@ class Setup:
     chat: bool
     system: str | None
     corpus: list[int]
+    tuned: dict               # by method, what tools/calibrate.py chose for this device
     store: Path | None        # --store: read if it is there, written at the end
     warm: Path | None         # the demo model's own start
 
@@ -163,6 +173,13 @@ class Setup:
         if start:
             load_stores(start, adjacency, ngrams)
         return State(self.model, EagleDrafter(self.head) if self.head else None, adjacency, ngrams)
+
+    def configure(self, method: str) -> GraftConfig:
+        """The configuration of a method or an ablation: what was calibrated for this device, unless --budget says otherwise."""
+        method, changes = ABLATIONS.get(method, (method, {}))
+        like = "eagle" if METHODS[method].draft and not METHODS[method].prune else "graft" if method.startswith("graft") else method
+        tuned = self.tuned.get(like, {})
+        return replace(self.config, **{"method": method} | tuned | changes)
 
     def ids(self, messages: list[dict]) -> list[int]:
         if not self.chat:
@@ -209,8 +226,24 @@ def set_up(args) -> Setup:
     corpus = text.encode(read_text(args.corpus, "--corpus")) + [-1] if args.corpus else []
     config = GraftConfig(method=method, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed,
                          budget=args.budget or (CPU_BUDGET if device.type == "cpu" else GPU_BUDGET))
+    path = CALIBRATION / f"smollm2-135m-instruct-{device.type}-{str(dtype).removeprefix('torch.')}.json" if not args.model else None
+    path = Path(args.calibration) if args.calibration else path
+    tuned = read_calibration(path) if not args.budget and path and (args.calibration or path.exists()) else {}
     warm = DEMO_STORE if not args.model and not args.cold and DEMO_STORE.exists() else None
-    return Setup(model, head, text, config, chat, args.system, corpus, Path(args.store) if args.store else None, warm)
+    setup = Setup(model, head, text, config, chat, args.system, corpus, tuned, Path(args.store) if args.store else None, warm)
+    return replace(setup, config=setup.configure(method))
+
+
+def read_calibration(path: Path) -> dict:
+    """By method, the fields of GraftConfig that tools/calibrate.py chose."""
+    try:
+        methods = json.loads(path.read_text(encoding="utf-8"))["methods"]
+        tuned = {name: {k: tuple(v) if isinstance(v, list) else v for k, v in entry["config"].items()} for name, entry in methods.items() if "config" in entry}
+        for fields in tuned.values():
+            GraftConfig(**fields)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"calibration {path}: not a file that tools/calibrate.py wrote ({error})") from None
+    return tuned
 
 
 def read_text(path: str, what: str) -> str:
@@ -310,7 +343,7 @@ def command_generate(args) -> int:
         print("\n\n" + text if args.show_tree else "")
     line = summary(setup, stats, seconds)
     if args.compare and stats.finish != "interrupted":
-        plain = replace(setup, config=replace(setup.config, method="ar"))
+        plain = replace(setup, config=setup.configure("ar"))
         expected, _, _, slow = answer(plain, ids, plain.state(), args)
         ratio, same = stats.tokens / seconds / (len(expected) / slow), expected == output
         line += f"; {ratio:.2f}x plain decoding, output {'identical' if same else 'differs (rounding: see README)'}"
@@ -424,14 +457,14 @@ def first_difference(setup: Setup, exact: Model, ids: list[int], a: list[int], b
 def command_bench(args) -> int:
     methods = args.methods.split(",")
     for name in methods:
-        if name not in METHODS:
-            raise ValueError(f"--methods names {name!r}; expected some of {','.join(METHODS)}")
+        if name not in METHODS and name not in ABLATIONS:
+            raise ValueError(f"--methods names {name!r}; expected some of {','.join([*METHODS, *ABLATIONS])}")
     prompts = read_prompts(args.prompts, args.limit_per_task)
     if args.json:
         with open(args.json, "a"):      # find out before the hour's work whether it can be written
             pass
     setup = set_up(args)
-    needy = [name for name in methods if METHODS[name].draft and not setup.head]
+    needy = [name for name in methods if METHODS[setup.configure(name).method].draft and not setup.head]
     if needy:
         raise ValueError(f"--methods names {needy[0]!r}, which needs a draft head; give --draft")
     if "ar" not in methods:
@@ -439,15 +472,14 @@ def command_bench(args) -> int:
     encoded = [setup.ids([{"role": "user", "content": p["text"]}]) for p in prompts]
     runs: dict[str, list[dict]] = {name: [] for name in methods}
     outputs: dict[str, list[list[int]]] = {name: [] for name in methods}
-    warm = replace(setup, config=replace(setup.config, max_new_tokens=8))
+    configs = {name: setup.configure(name) for name in methods}
     for name in methods:                # once each, uncounted: threads start, memory is touched
-        answer(replace(warm, config=replace(warm.config, method=name)), encoded[0], setup.state(), args)
+        answer(replace(setup, config=replace(configs[name], max_new_tokens=8)), encoded[0], setup.state(), args)
     began = time.perf_counter()
     for number, (prompt, ids) in enumerate(zip(prompts, encoded)):
         for turn in range(len(methods)):  # the order turns from prompt to prompt, so that no method always runs first
             name = methods[(turn + number) % len(methods)]
-            run = replace(setup, config=replace(setup.config, method=name))
-            output, _, stats, seconds = answer(run, ids, setup.state(), args)
+            output, _, stats, seconds = answer(replace(setup, config=configs[name]), ids, setup.state(), args)
             if stats.finish == "interrupted":
                 say("\ninterrupted: nothing was written")
                 return 130
@@ -478,7 +510,7 @@ def command_bench(args) -> int:
     print("tokens/s, speedup over ar, tokens a round;", ", ".join(f"{n}: {c['different']} different" for n, c in lossless.items()))
     if args.json:
         command = "python run.py " + " ".join(a if "/" not in a else Path(a).name for a in sys.argv[1:])
-        report = {"command": command, "environment": environment(setup), "config": asdict(setup.config), "warm_start": bool(setup.warm or setup.store),
+        report = {"command": command, "environment": environment(setup), "config": {name: asdict(config) for name, config in configs.items()}, "warm_start": bool(setup.warm or setup.store),
                   "prompts": len(prompts),
                   "methods": table, "lossless": lossless}
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -505,7 +537,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--compare", action="store_true", help="also run plain decoding and report the speedup")
     if command == "bench":
         add("--prompts", required=True, help="JSON lines with id, task and turns (the first turn is used)")
-        add("--methods", default="ar,retrieve", help=f"some of {','.join(METHODS)}")
+        add("--methods", default="ar,retrieve", help=f"some of {','.join([*METHODS, *ABLATIONS])}")
         add("--limit-per-task", type=int, help="at most this many prompts a task")
         add("--json", metavar="OUT", help="write the result here")
     else:
@@ -526,6 +558,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--stop", action="append", default=[], metavar="TEXT", help="stop behind this text; may be repeated")
     add("--corpus", help="text file whose n-grams may be retrieved")
     add("--store", help="file that keeps adjacency and n-grams between runs")
+    add("--calibration", metavar="FILE", help="what tools/calibrate.py wrote (default: the demo model's, if this device has one)")
     add("--cold", action="store_true", help="start the demo model's adjacency matrix empty, not from assets/")
     args = parser.parse_args(argv if command == "generate" else argv[1:])
     args.command = command

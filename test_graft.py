@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import run
+import train_eagle3  # in tools/, which run.py puts on the path
 from graft import METHODS, EagleDrafter, GraftConfig, State, choose, generate
 from model import CheckpointError, Eagle3, Model, ModelConfig, load_eagle3, load_model
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, template
@@ -267,6 +268,18 @@ def test_a_head_of_another_model_is_refused(field, value, tmp_path):
         load_eagle3(tmp_path, MODEL)
 
 
+def test_training_time_test_is_the_chain_that_drafting_walks(tmp_path):
+    """Step k at position i must be: true features up to i - k, then k guesses, each from the one before."""
+    w = save_head(tmp_path, HEAD)
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6]
+    features, following = full_forward(MODEL, prompt, taps=HEAD.taps)[1], prompt[1:] + [5]
+    for k, logits in enumerate(train_eagle3.chain(HEAD, torch.tensor([following] * 2), features.repeat(2, 1, 1), 4)):
+        for i in range(k, len(prompt)):
+            known = i - k + 1
+            expected = plain_eagle(w, HEAD.config, w["embed_tokens.weight"], list(features[0, :known]), following[:known], following[known:i + 1])[-1]
+            assert (logits[1, i].log_softmax(-1) - expected).abs().max() < 1e-5   # its softmax is float32
+
+
 # --------------------------------------------------------------------------------------------------------------- tree
 
 @given(trees(), st.integers(1, 16))
@@ -315,6 +328,16 @@ def test_graft_merges_as_a_trie_within_the_budget(tree, others, extra):
     assert before <= paths(tree) <= allowed
     assert len(paths(tree)) == len(tree) == min(budget + 1, len(allowed))           # no duplicates, no slot wasted
     assert tree.sources[size:] == [NGRAM] * (len(tree) - size)
+
+
+@given(trees(), st.lists(st.floats(0, 0.6), min_size=1, max_size=20))
+def test_worth_keeps_what_pays(tree, steps):
+    cost = [sum(steps[:n]) for n in range(len(steps))]
+    gains = sorted((math.exp(s) for s in tree.scores[1:]), reverse=True)
+    value = lambda n: sum(gains[:n]) - cost[n]
+    kept = tree.worth(cost)
+    assert abs(value(len(kept) - 1) - max(value(n) for n in range(min(len(cost), len(tree))))) < 1e-9
+    assert {tuple(kept.tokens[i] for i in kept.path(n)) for n in range(len(kept))} <= {tuple(tree.tokens[i] for i in tree.path(n)) for n in range(len(tree))}
 
 
 def test_graft_takes_the_likeliest_first_over_all_branches():
@@ -467,7 +490,8 @@ def test_every_method_is_plain_decoding(method, seed, prompt, budget, depth, top
     stopped = (lambda out: out[-len(stop):] == stop) if stop else None
     expected = plain_greedy(model, prompt, new, eos, stopped)
     thresholds = data.draw(st.sampled_from([(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.1, 0.05, 0.01)]))
-    config = GraftConfig(method=method, max_new_tokens=new, budget=budget, depth=depth, top_k=top_k, thresholds=thresholds,
+    cost = data.draw(st.sampled_from([(), tuple(0.02 * n for n in range(budget + 1))]))
+    config = GraftConfig(method=method, max_new_tokens=new, budget=budget, depth=depth, top_k=top_k, thresholds=thresholds, verify_cost=cost,
                          eos_token_ids=eos, prefill_chunk=data.draw(st.integers(1, 12)))
     state = State(model, EagleDrafter(tiny_head(model)), AdjacencyMatrix(VOCAB, 4), NGramIndex())
     got, stats = collect(model, prompt, config, state=state, stopped=stopped)
@@ -537,7 +561,8 @@ def test_sampling_is_plain_sampling_and_has_the_right_distribution():
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("fields", [dict(method="magic"), dict(budget=0), dict(max_new_tokens=0), dict(depth=-1), dict(top_k=1.5),
-                                    dict(thresholds=(2, 0, 0)), dict(checkpoints=(5, 1, 0)), dict(retained=(1,)), dict(temperature=-1)])
+                                    dict(thresholds=(2, 0, 0)), dict(checkpoints=(5, 1, 0)), dict(retained=(1,)), dict(temperature=-1),
+                                    dict(verify_cost=(0.0, 1.0))])
 def test_a_bad_config_names_its_field(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         GraftConfig(**fields)

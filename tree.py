@@ -4,7 +4,10 @@ A tree hangs below its root, the last committed token, which the target chose bu
 other node is one guess at a continuation. n counts nodes with the root; budgets count them without.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -98,6 +101,14 @@ class Tree:
             if (parent, tokens[i]) not in self.child and len(self) > budget:
                 return
             place[which, i] = self.add(tokens[i], parent, -minus_score, source)
+
+    def worth(self, cost: Sequence[float]) -> "Tree":
+        """The root and as many of the likeliest nodes as pay. cost[n] is the price of verifying n nodes, in tokens; a node's
+        gain is its probability, exp(S): n is where the sum of gains most exceeds the price."""
+        best = self.best(list(range(1, len(self))), len(cost) - 1)
+        gains = accumulate((math.exp(self.scores[node]) for node in best), initial=0.0)
+        _, n = max((gain - cost[n], -n) for n, gain in enumerate(gains))
+        return self.top(-n)
 
     # ------------------------------------------------------------------------------------------------------- verify
 

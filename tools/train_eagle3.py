@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
+TEXT = ROOT / "assets" / "smollm2-135m-text.safetensors"
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from demo_model import cache_folder, demo_model  # noqa: E402
 from model import Eagle3, KVCache, Model, fetch_checkpoint, load_eagle3, load_model  # noqa: E402
@@ -72,10 +73,10 @@ def generate(args) -> None:
     folder, data = model_folder(args), data_folder(args)
     data.mkdir(parents=True, exist_ok=True)
     model = load_model(folder, dtype=args.dtype, device=args.device, pack=False)
-    text = Text(folder)
-    before, after = text.render([{"role": "user", "content": "\uE000"}]).split("\uE000")
-    prefix, closing = text.encode_control(before), text.encode_control(after)
-    eos, encode = set(model.config.eos_token_ids), text.encode
+    words = Text(folder)
+    before, after = words.render([{"role": "user", "content": "\uE000"}]).split("\uE000")
+    prefix, closing = words.encode_control(before), words.encode_control(after)
+    eos, encode = set(model.config.eos_token_ids), words.encode
     layers = model.config.num_hidden_layers
     taps = (1, layers // 2 - 1, layers - 4, layers - 1)
     done = sorted(data.glob("shard-*.safetensors"))
@@ -97,7 +98,7 @@ def generate(args) -> None:
         with torch.inference_mode():
             logits, tapped = model(torch.tensor(current, device=model.device)[:, None], age[:, None], cache, mask[:, None], taps=taps)
             features[torch.arange(b), age.cpu()] = tapped[:, 0].to("cpu", torch.bfloat16)
-            best = logits[:, 0].argmax(-1).tolist()
+            best = logits[:, 0].max(-1).indices.tolist()
             heat = [0.0 if r.forced else r.user_temperature if r.answer_from is None else r.answer_temperature for r in rows]
             hot = [i for i, temperature in enumerate(heat) if temperature]        # noise is dear on a CPU: only where used
             scaled = logits[hot, 0].float() / torch.tensor(heat, device=model.device)[hot, None]
@@ -130,11 +131,8 @@ def generate(args) -> None:
             rows[i] = Row(rng, encode, prefix, args.greedy_share)
             current[i] = rows[i].forced.pop(0)
         if held >= args.shard_tokens:
-            lengths = torch.tensor([[len(t), a] for t, a, _ in finished], dtype=torch.int32)
             path = data / f"shard-{number:05d}.safetensors"
-            save_file({"tokens": torch.cat([t for t, _, _ in finished]), "lengths": lengths,
-                       "features": torch.cat([f for _, _, f in finished])}, data / "partial", metadata={"tokens": str(held)})
-            (data / "partial").rename(path)
+            write_shard(path, finished)
             have, number, held, finished = have + held, number + 1, 0, []
             print(f"{path.name}: {have:,} of {args.tokens:,} tokens, {made / (time.time() - began):.0f} tokens/s", flush=True)
 
@@ -377,6 +375,52 @@ def train(args) -> None:
     print(f"wrote {args.out}")
 
 
+def text(args) -> None:
+    """Put the text of all shards, without features, into one small file; with --read, make shards from such a file."""
+    data = data_folder(args)
+    if not args.read:
+        tokens, lengths = zip(*((f.get_tensor("tokens"), f.get_tensor("lengths")) for f in
+                                (safe_open(p, "pt") for p in sorted(data.glob("shard-*.safetensors")))))
+        save_file({"tokens": torch.cat(tokens).to(torch.uint16), "lengths": torch.cat(lengths).to(torch.uint16)}, args.file)
+        return
+    target = load_model(model_folder(args), dtype=args.dtype, device=args.device, pack=False)
+    data.mkdir(parents=True, exist_ok=True)
+    texts, layers = read_text(Path(args.file)), target.config.num_hidden_layers
+    for number in range(-(-len(texts) // 250)):
+        part, path = texts[number * 250:(number + 1) * 250], data / f"shard-{number:05d}.safetensors"
+        if path.exists():
+            continue
+        features = []
+        with torch.inference_mode():
+            for tokens, _ in part:
+                ids = torch.tensor([tokens], device=target.device)
+                positions = torch.arange(len(tokens), device=target.device)[None]
+                features.append(target(ids, positions, target.new_cache(len(tokens)), taps=(1, layers // 2 - 1, layers - 4, layers - 1),
+                                       last_only=True)[1][0].to("cpu", torch.bfloat16))
+        write_shard(path, [(torch.tensor(tokens, dtype=torch.int32), answer_from, f) for (tokens, answer_from), f in zip(part, features)])
+        print(f"\r{number + 1} of {-(-len(texts) // 250)} shards", end="", flush=True)
+    print()
+
+
+def read_text(path: Path) -> list[tuple[list[int], int]]:
+    """Conversations as (tokens, where the answer starts)."""
+    with safe_open(path, "pt") as file:
+        tokens, out, at = file.get_tensor("tokens").tolist(), [], 0
+        for size, answer_from in file.get_tensor("lengths").tolist():
+            out.append((tokens[at:at + size], answer_from))
+            at += size
+    return out
+
+
+def write_shard(path: Path, conversations: list) -> None:
+    """conversations: (tokens [n] int32, where the answer starts, features [n, 4H]). Whole or not at all."""
+    size = sum(len(t) for t, _, _ in conversations)
+    save_file({"tokens": torch.cat([t for t, _, _ in conversations]), "features": torch.cat([f for _, _, f in conversations]),
+               "lengths": torch.tensor([[len(t), a] for t, a, _ in conversations], dtype=torch.int32)},
+              path.with_name("partial"), metadata={"tokens": str(size)})
+    path.with_name("partial").rename(path)
+
+
 def shard_tokens(path: Path) -> int:
     with safe_open(path, "pt") as f:
         return int(f.metadata()["tokens"])
@@ -405,6 +449,9 @@ def main() -> None:
     make.add_argument("--answer-length", type=int, default=200)
     make.add_argument("--greedy-share", type=float, default=0.8, help="share of the answers decoded greedily; the rest at temperature 0.7")
     make.add_argument("--shard-tokens", type=int, default=100_000)
+    words = commands.add_parser("text", help="write the text alone into one small file, or make shards from it")
+    words.add_argument("file", nargs="?", default=str(TEXT))
+    words.add_argument("--read", action="store_true", help="make shards from the file")
     fit = commands.add_parser("train", help="train a head on it")
     fit.add_argument("--out", required=True, help="folder for the finished head")
     fit.add_argument("--name", default="eagle3", help="of the training state, which a second call continues")
@@ -420,7 +467,7 @@ def main() -> None:
     fit.add_argument("--validate", type=int, default=200, help="updates between validations")
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype)
-    {"generate": generate, "train": train}[args.command](args)
+    {"generate": generate, "text": text, "train": train}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,311 @@
+"""Measure this device, replay drafts, and choose the settings that commit the most tokens a second.
+
+    python tools/calibrate.py                        the demo model on this device; writes assets/calibration/...json
+    python tools/calibrate.py --model M --draft D    another target; pass the file to run.py with --calibration
+
+The cost model. A round that takes s expansion steps of the head and verifies n nodes lasts
+
+    T(s, n) = t_observe + s * t_head + t(n) + t_rest
+
+with t(n) the target's time for a forward of root + n nodes, t_observe and t_head the head's time to read the accepted tokens
+and for one expansion step, and t_rest everything else (retrieval, merging, bookkeeping); all are measured here. It commits
+1 + A tokens, A being the accepted nodes. By renewal reward, the policy with the most tokens a second is the one that in every
+round maximises 1 + A - rate * T, for the rate that this policy itself reaches. Two decisions follow:
+
+- which nodes to verify: the likeliest n for which the sum of their probabilities less rate * t(n) is largest. rate * t(n) is
+  `verify_cost` in GraftConfig, the price of n nodes in tokens, and it takes the place of the paper's stage budgets: on a CPU,
+  where t(n) rises, trees stay small; where t(n) is flat they fill the budget K_max.
+- when to stop drafting: another step pays while confidence c_d = exp(max S_d) is high enough. The thresholds tau_d are found by
+  coordinate search over recorded rounds: one pair (confidence, gain) for each step and each text position.
+
+Because output does not depend on the tree, every position of a greedy text is a round that could have started there. So the
+replay drafts to the full depth at each position of texts that the target wrote itself, builds the tree that each stopping step
+would have given, with live stores, notes every node's probability and whether the text went that way, and any policy can then
+be scored exactly by walking through the texts. `eagle` gets its own best fixed n and depth; the paper's 60 nodes in stages of
+8, 24 and 40 are scored too, for comparison.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import run  # noqa: E402
+from graft import METHODS, GraftConfig, Stats, draft_and_prune, graft, retrieve  # noqa: E402
+from train_eagle3 import TEXT, read_text  # noqa: E402
+from tree import DRAFT, Tree  # noqa: E402
+
+DEPTH, TOP_K, WIDEST = 7, 8, 60
+
+
+def median_ms(runs: dict, repeats: int) -> dict:
+    """Milliseconds of each callable, the median over interleaved repeats."""
+    times = {name: [] for name in runs}
+    for repeat in range(repeats + 3):
+        for name, call in runs.items():
+            begin = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if repeat >= 3:
+                times[name].append((time.perf_counter() - begin) * 1000)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+@torch.inference_mode()
+def measure(setup: run.Setup, length: int, repeats: int) -> tuple[list[float], float, float]:
+    """t(n) for n = 0 to 60 nodes behind `length` committed tokens, t_observe, t_head, in milliseconds."""
+    model, state = setup.model, setup.state()
+    state.cache.reserve(length + WIDEST + 1)
+    state.cache.length = length
+    taps = state.drafter.taps if state.drafter else ()
+
+    def forward(n):
+        tokens = torch.full((1, n + 1), 7, device=model.device)
+        tree = Tree.rooted(7)
+        for i in range(n):
+            tree.add(i, max(0, i - 2), 0.0, DRAFT)
+        logits, _ = model(tokens, tree.positions(length, model.device)[None], state.cache, tree.mask(length, model.device) if n else None, taps=taps)
+        logits[0].argmax(-1).tolist()
+
+    grid = [0, 1, 2, 3, 4, 5, 6, 7, 9, 11, 13, 15, 19, 23, 27, 31, 39, 47, 60]
+    calls = {n: (lambda n=n: forward(n)) for n in grid}
+    if state.drafter:
+        drafter = state.drafter
+        features = torch.randn(1, 3, 3 * model.config.hidden_size, device=model.device).to(model.dtype)
+        following = torch.tensor([[5, 6, 7]], device=model.device)
+        drafter.observe(features.expand(1, -1, -1).repeat(1, length // 3, 1), following.repeat(1, length // 3))
+
+        def observe():
+            drafter.rewind(length)
+            drafter.observe(features, following)
+
+        calls |= {"observe": observe, "expand": lambda: list(drafter.expand(7, 4, TOP_K))}
+    times = median_ms(calls, repeats)
+    t, known = [], sorted(grid)
+    for n in range(WIDEST + 1):
+        below, above = max(g for g in known if g <= n), min(g for g in known if g >= n)
+        t.append(times[below] + (times[above] - times[below]) * ((n - below) / max(above - below, 1)))
+    for n in range(WIDEST - 1, -1, -1):      # a larger tree never costs less: what looks so is noise, or a padded kernel
+        t[n] = min(t[n], t[n + 1])
+    return t, times.get("observe", 0.0), times.get("expand", 0.0) / 4
+
+
+class Replay:
+    """Stands in for a drafter: yields the recorded trees of one position."""
+
+    def __init__(self, trees: list[Tree]):
+        self.trees = trees
+
+    def expand(self, root, depth, top_k):
+        yield from self.trees[:depth + 1]
+
+
+@torch.inference_mode()
+def record(setup: run.Setup, prompts: list[list[int]], new: int) -> list[list[dict]]:
+    """For each prompt, for each position of its greedy text: what every stopping step would have verified.
+
+    A position holds, by step s, confidence[s] and, for the methods `graft` and `prune`, the nodes likeliest first as
+    (probability, was the text's, source); for `retrieve` one such list. `paper` holds its fixed stages' trees."""
+    wide = GraftConfig(method="graft", budget=32, verify_cost=(0.0,) * 33, depth=DEPTH, top_k=TOP_K, checkpoints=(), thresholds=(), retained=())
+    paper = GraftConfig(method="graft", budget=60, depth=DEPTH, top_k=TOP_K)
+    texts = []
+    for which, prompt in enumerate(prompts):
+        state, drafter = setup.state(), setup.state().drafter
+        text, features, rows = list(prompt), [], []
+        state.cache.reserve(len(prompt) + new + 1)
+        k = state.adjacency.rows.shape[1]
+        while len(text) < len(prompt) + new and text[-1] not in setup.model.config.eos_token_ids:
+            start = state.cache.length
+            positions = torch.arange(start, len(text), device=setup.model.device)[None]
+            logits, tapped = setup.model(torch.tensor([text[start:]], device=setup.model.device), positions, state.cache, taps=drafter.taps if drafter else ())
+            state.cache.commit(list(range(len(text) - start)))
+            features.append(tapped)
+            rows.append((text[start:], logits[0].topk(k, dim=-1).indices.int()))
+            text.append(int(logits[0, -1].argmax()))
+        state.ngrams.append([-1, *prompt])
+        state.adjacency.rows[torch.tensor(rows[0][0])] = rows[0][1]
+        rounds = []
+        for i in range(len(prompt), len(text)):                # text[i] is the root; everything before it is committed
+            root, future = text[i], text[i + 1:]
+            state.ngrams.append([root])
+            if i > len(prompt):
+                tokens, found = rows[i - len(prompt)]
+                state.adjacency.rows[torch.tensor(tokens)] = found
+            trees = []
+            if drafter:
+                drafter.observe(features[i - len(prompt)], torch.tensor([text[1:i + 1] if i == len(prompt) else [root]], device=setup.model.device))
+                for tree in drafter.expand(root, DEPTH, TOP_K):
+                    trees.append(tree.select(range(len(tree))))
+            if not future:
+                continue
+            confidence = [torch.tensor(t.scores[len(trees[s - 1]) if s else 1:]).max().exp().item() for s, t in enumerate(trees)]
+            entry = {"confidence": confidence, "left": len(future), "graft": [], "prune": []}
+            for s in range(len(trees)):
+                for method in ("graft", "prune"):
+                    config = replace(wide, method=method, depth=s)
+                    tree = draft_and_prune(root, config, METHODS[method], Replay(trees), Stats())
+                    branches = retrieve(tree, config, METHODS[method], state, Stats())
+                    entry[method].append(nodes_of(graft(tree, branches, replace(config, verify_cost=()), METHODS[method], len(future), Stats()), future))
+            tree = Tree.rooted(root)
+            branches = retrieve(tree, wide, METHODS["retrieve"], state, Stats())
+            entry["retrieve"] = nodes_of(graft(tree, branches, replace(wide, verify_cost=()), METHODS["retrieve"], len(future), Stats()), future)
+            if trees:
+                stats = Stats()
+                tree = draft_and_prune(root, paper, METHODS["graft"], Replay(trees), stats)
+                branches = retrieve(tree, paper, METHODS["graft"], state, Stats())
+                stage = next(iter(stats.stages))
+                entry["paper"] = (DEPTH if stage == "full" else int(stage), nodes_of(graft(tree, branches, paper, METHODS["graft"], len(future), Stats()), future))
+            rounds.append(entry)
+        texts.append(rounds)
+        print(f"\r{which + 1}/{len(prompts)} texts replayed", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return texts
+
+
+def nodes_of(tree: Tree, future: list[int]) -> list[tuple]:
+    """(probability, did the text go this way, source) of each node below the root, likeliest first."""
+    went = {0}
+    for node in range(1, len(tree)):
+        if tree.parents[node] in went and tree.depths[node] <= len(future) and tree.tokens[node] == future[tree.depths[node] - 1]:
+            went.add(node)
+    return [(2.718281828459045 ** tree.scores[node], node in went, tree.sources[node]) for node in tree.best(list(range(1, len(tree))), len(tree))]
+
+
+class Scorer:
+    """Walks through recorded texts as a policy would, and adds up tokens and milliseconds."""
+
+    def __init__(self, texts, t, observe, head, rest):
+        self.texts, self.t, self.observe, self.head, self.rest = texts, t, observe, head, rest
+
+    def walk(self, decide) -> dict:
+        """decide(position) -> (steps, nodes, n): expansion steps taken (-1: no draft head at all), nodes likeliest first, how
+        many of them to verify."""
+        tokens = rounds = spent = verified = 0
+        for rounds_of in self.texts:
+            at = 0
+            while at < len(rounds_of):
+                steps, nodes, n = decide(rounds_of[at])
+                n = min(n, len(nodes))
+                accepted = sum(went for _, went, _ in nodes[:n])
+                spent += self.t[n] + self.rest + (self.observe + steps * self.head if steps >= 0 else 0)
+                tokens, rounds, verified, at = tokens + accepted + 1, rounds + 1, verified + n, at + accepted + 1
+        return {"tokens_per_second": 1000 * tokens / spent, "tokens_a_round": tokens / rounds, "nodes_a_round": verified / rounds}
+
+    def stop(self, position: dict, taus: list[float], depth: int) -> int:
+        """How many expansion steps are taken: the first step whose confidence is below its threshold is the last."""
+        for step in range(depth):
+            if position["confidence"][step] < taus[step]:
+                return step
+        return depth
+
+    def cut(self, nodes: list, rate: float) -> int:
+        """How many nodes pay at `rate` tokens a second."""
+        gain = best = 0.0
+        n = 0
+        for i, (p, _, _) in enumerate(nodes, 1):
+            gain += p
+            if gain - rate * (self.t[i] - self.t[0]) / 1000 > best:
+                best, n = gain - rate * (self.t[i] - self.t[0]) / 1000, i
+        return n
+
+    def priced(self, method: str, taus: list[float], depth: int, rate: float) -> dict:
+        def decide(position):
+            if method == "retrieve":
+                return -1, position["retrieve"], self.cut(position["retrieve"], rate)
+            steps = self.stop(position, taus, depth)
+            nodes = position[method][steps]
+            return steps, nodes, self.cut(nodes, rate)
+        return self.walk(decide)
+
+
+def choose(score: Scorer, method: str) -> dict:
+    """Thresholds, depth and rate for a method that prunes: coordinate search, then the rate's fixed point, until it stays."""
+    taus, depth, rate = [0.3] * DEPTH, 0 if method == "retrieve" else 4, 60.0
+    value = lambda: score.priced(method, taus, depth, rate)["tokens_per_second"]
+    for sweep in range(4):
+        rate = value()
+        before = (list(taus), depth, round(rate))
+        if method == "retrieve":
+            continue
+        depth = max(range(DEPTH + 1), key=lambda d: score.priced(method, taus, d, rate)["tokens_per_second"])
+        for step in range(depth):
+            scores = {}
+            for tau in (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7):
+                scores[tau] = score.priced(method, [*taus[:step], tau, *taus[step + 1:]], depth, rate)["tokens_per_second"]
+            taus[step] = max(scores, key=scores.get)
+        if before == (list(taus), depth, round(value())):
+            break
+    result = score.priced(method, taus, depth, rate)
+    budget = 32
+    cost = [round(rate * ms / 1000, 4) for ms in score.t[:budget + 1]]
+    out = {"config": {"budget": budget, "top_k": TOP_K, "depth": depth, "checkpoints": list(range(depth)), "thresholds": taus[:depth],
+                      "retained": [1.0] * depth, "verify_cost": cost}, "predicted": result}
+    return out
+
+
+def reliability(texts: list) -> dict:
+    """How often a node of each source and estimated probability was right: bin -> [mean estimate, share right, nodes]."""
+    bins = {}
+    for rounds_of in texts:
+        for position in rounds_of:
+            for p, went, source in position["graft"][-1] if position["graft"] else position["retrieve"]:
+                entry = bins.setdefault(source, {}).setdefault(min(int(p * 10), 9), [0.0, 0, 0])
+                entry[0], entry[1], entry[2] = entry[0] + p, entry[1] + went, entry[2] + 1
+    return {source: {f"{b / 10:.1f}": [round(e / n, 3), round(w / n, 3), n] for b, (e, w, n) in sorted(found.items())} for source, found in bins.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model"), parser.add_argument("--draft"), parser.add_argument("--device"), parser.add_argument("--out")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
+    parser.add_argument("--text", default=str(TEXT), help="self-made text whose prompts are replayed (tools/train_eagle3.py text)")
+    parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--length", type=int, default=256, help="committed tokens when t(n) is measured")
+    parser.add_argument("--repeats", type=int, default=15)
+    args = parser.parse_args()
+    given = [word for name in ("model", "draft", "device") if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
+    setup = run.set_up(run.parse(["calibrating", "--dtype", args.dtype, *given]))
+    prompts = [tokens[:answer_from] for tokens, answer_from in read_text(Path(args.text))[:args.prompts]]
+    t, observe, head = measure(setup, args.length, args.repeats)
+    print("t(n), ms:", {n: round(t[n], 1) for n in (0, 3, 7, 15, 31, 60)}, f"observe {observe:.2f}, head step {head:.2f}")
+    begin = time.perf_counter()
+    texts = record(setup, prompts, args.new_tokens)
+    positions = sum(map(len, texts))
+    print(f"{positions} positions in {time.perf_counter() - begin:.0f} s")
+    rest = 0.04 * t[0]
+    score = Scorer(texts, t, observe, head, rest)
+    methods = {"retrieve": choose(score, "retrieve")}
+    plain = score.walk(lambda position: (-1, [], 0))
+    if setup.head:
+        methods |= {"prune": choose(score, "prune"), "graft": choose(score, "graft")}
+        fixed = {(depth, n): score.walk(lambda position: (depth, position["prune"][depth], n)) for depth in range(DEPTH + 1) for n in (3, 4, 5, 6, 7, 9, 11, 13, 15, 19, 23, 31)}
+        depth, n = max(fixed, key=lambda key: fixed[key]["tokens_per_second"])
+        methods["eagle"] = {"config": {"budget": n, "top_k": TOP_K, "depth": depth}, "predicted": fixed[depth, n]}
+        methods["paper"] = {"predicted": score.walk(lambda position: (*position["paper"], 60))}
+    for name, entry in methods.items():
+        entry["predicted"]["speedup"] = entry["predicted"]["tokens_per_second"] / plain["tokens_per_second"]
+        entry["predicted"] = {key: round(value, 3) for key, value in entry["predicted"].items()}
+        print(name, entry["predicted"], {k: v for k, v in entry.get("config", {}).items() if k != "verify_cost"})
+    name = Path(args.model).name if args.model else "smollm2-135m-instruct"
+    dtype = str(setup.model.dtype).removeprefix("torch.")
+    out = Path(args.out) if args.out else ROOT / "assets" / "calibration" / f"{name}-{setup.model.device.type}-{dtype}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report = {"command": "python tools/calibrate.py " + " ".join(a if "/" not in a else Path(a).name for a in sys.argv[1:]),
+              "environment": run.environment(setup), "positions": positions, "plain_tokens_per_second": round(plain["tokens_per_second"], 2),
+              "milliseconds": {"t": [round(x, 3) for x in t], "observe": round(observe, 3), "head": round(head, 3), "rest": round(rest, 3)},
+              "reliability": reliability(texts), "methods": methods}
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print("wrote", out)
+
+
+if __name__ == "__main__":
+    main()
