@@ -59,6 +59,7 @@ class GraftConfig:
     thresholds: tuple[float, ...] = (0.4, 0.3, 0.1)   # tau_d: stop drafting where exp(max S_d) is below
     retained: tuple[float, ...] = (8 / 60, 24 / 60, 40 / 60)   # the budget's share that a stage's draft keeps
     verify_cost: tuple[float, ...] = ()          # price of verifying n = 0, 1, ... nodes, in tokens; empty: the budget decides alone
+    trust: float = 1.0                           # factor on a retrieved node's probability where the head has proposed other tokens
     graft_anchors: int = 4                       # draft nodes, besides the root, that retrieval may continue
     adjacency: bool = True
     ngrams: bool = True
@@ -84,6 +85,8 @@ class GraftConfig:
             raise ValueError(f"checkpoints is {self.checkpoints}; expected rising expansion steps from 0")
         if self.verify_cost and len(self.verify_cost) != self.budget + 1:
             raise ValueError(f"verify_cost has {len(self.verify_cost)} entries; expected none or one for each of 0 to {self.budget} nodes")
+        if not 0 < self.trust <= 1:
+            raise ValueError(f"trust is {self.trust}; expected a number above 0, at most 1")
         for name in ("thresholds", "retained"):
             if not all(0 <= value <= 1 for value in getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected numbers from 0 to 1")
@@ -333,7 +336,9 @@ def retrieve(tree: Tree, config: GraftConfig, method: Method, state: State, stat
         if config.adjacency:
             found = state.adjacency.propose([tree.tokens[node] for node in anchors], free)
             branches += [(node, ADJACENCY, branch) for node, branch in zip(anchors, found)]
-        return branches
+        expanded, doubt = set(tree.parents), math.log(config.trust)
+        return [(node, source, (tokens, parents, [score + doubt for score in scores] if node in expanded else scores))
+                for node, source, (tokens, parents, scores) in branches]
 
 
 def priced(config: GraftConfig, method: Method) -> bool:

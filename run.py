@@ -32,7 +32,7 @@ CPU_BUDGET, GPU_BUDGET = 15, 60      # nodes below the root where nothing was ca
 PAPER = dict(budget=60, depth=7, top_k=10, verify_cost=())         # EAGLE-3's defaults, on which the paper builds
 ABLATIONS = {                        # what bench runs besides the methods: the method, and what it changes
     "eagle_60": ("eagle", PAPER),
-    "graft_60": ("graft", PAPER | {name: GraftConfig.__dataclass_fields__[name].default for name in ("checkpoints", "thresholds", "retained")}),
+    "graft_60": ("graft", PAPER | {name: getattr(GraftConfig, name) for name in ("checkpoints", "thresholds", "retained", "trust")}),
     "graft_at_root": ("graft", dict(graft_anchors=0)),
     "graft_no_adjacency": ("graft", dict(adjacency=False)),
     "graft_no_ngrams": ("graft", dict(ngrams=False)),
@@ -59,7 +59,8 @@ class Text:
         self.tokenizer.encode_special_tokens = True       # control tokens in plain text are plain text
         added = self.tokenizer.get_added_tokens_decoder()
         self.control = {token.content: i for i, token in added.items() if token.special}
-        self.splitter = re.compile("(" + "|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) + ")") if self.control else None
+        longest_first = "|".join(map(re.escape, sorted(self.control, key=len, reverse=True)))
+        self.splitter = re.compile(f"({longest_first})") if self.control else None
         self.template, self.names = None, {}
         path = folder / "tokenizer_config.json"
         if path.exists():
@@ -299,7 +300,8 @@ def answer(setup: Setup, ids: list[int], state: State, args, show=None) -> tuple
     start = time.perf_counter()
     text = ""
     try:
-        for number, step in enumerate(generate(setup.model, ids, setup.config, state=state, stopped=stop_check(setup.text, args.stop))):
+        rounds = generate(setup.model, ids, setup.config, state=state, stopped=stop_check(setup.text, args.stop))
+        for number, step in enumerate(rounds):
             stats, output = step.stats, output + step.tokens
             if args.show_tree and show:
                 if step.tree:
@@ -338,7 +340,8 @@ def command_generate(args) -> int:
     if setup.store:
         save_stores(setup.store, state.adjacency, state.ngrams)
     if args.json:
-        report = {"text": text, "tokens": output, "seconds": seconds, "statistics": {k: dict(v) if isinstance(v, dict) else v for k, v in vars(stats).items()} | {"mean_accepted": stats.mean_accepted}, "config": asdict(setup.config)}
+        report = {"text": text, "tokens": output, "seconds": seconds, "config": asdict(setup.config),
+                  "statistics": vars(stats) | {"mean_accepted": stats.mean_accepted}}
     else:
         print("\n\n" + text if args.show_tree else "")
     line = summary(setup, stats, seconds)
@@ -510,9 +513,8 @@ def command_bench(args) -> int:
     print("tokens/s, speedup over ar, tokens a round;", ", ".join(f"{n}: {c['different']} different" for n, c in lossless.items()))
     if args.json:
         command = "python run.py " + " ".join(a if "/" not in a else Path(a).name for a in sys.argv[1:])
-        report = {"command": command, "environment": environment(setup), "config": {name: asdict(config) for name, config in configs.items()}, "warm_start": bool(setup.warm or setup.store),
-                  "prompts": len(prompts),
-                  "methods": table, "lossless": lossless}
+        report = {"command": command, "environment": environment(setup), "warm_start": bool(setup.warm or setup.store), "prompts": len(prompts),
+                  "config": {name: asdict(config) for name, config in configs.items()}, "methods": table, "lossless": lossless}
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 1 if any(c["different"] for c in lossless.values()) else 0
 

@@ -27,6 +27,7 @@ be scored exactly by walking through the texts. `eagle` gets its own best fixed 
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -39,10 +40,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import run  # noqa: E402
 from graft import METHODS, GraftConfig, Stats, draft_and_prune, graft, retrieve  # noqa: E402
+from model import Model  # noqa: E402
 from train_eagle3 import TEXT, read_text  # noqa: E402
-from tree import DRAFT, Tree  # noqa: E402
+from tree import ADJACENCY, DRAFT, NGRAM, Tree  # noqa: E402
 
 DEPTH, TOP_K, WIDEST = 7, 8, 60
+HELD_OUT = 240      # conversations at the start of the text: the first shard, which training leaves out
 
 
 def median_ms(runs: dict, repeats: int) -> dict:
@@ -98,6 +101,18 @@ def measure(setup: run.Setup, length: int, repeats: int) -> tuple[list[float], f
     return t, times.get("observe", 0.0), times.get("expand", 0.0) / 4
 
 
+def floor(model, t: list[float]) -> dict:
+    """What plain decoding cannot beat: its weights read once, at the bandwidth that a large sum reaches on this device."""
+    block = torch.ones(100_000_000, device=model.device)
+    speed = block.numel() * block.element_size() / median_ms({"sum": lambda: block.sum().item()}, 7)["sum"] / 1e6        # GB/s
+    c, size = model.config, torch.empty(0, dtype=model.dtype).element_size()
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in Model(c).parameters()) - c.vocab_size * c.hidden_size        # of the embeddings one row is read
+    ms = weights * size / speed / 1e6
+    return {"gigabytes_per_second": round(speed, 1), "weights_megabytes": round(weights * size / 1e6, 1), "milliseconds": round(ms, 2),
+            "plain_over_floor": round(t[0] / ms, 2), "verify_8_over_plain": round(t[7] / t[0], 2), "verify_16_over_plain": round(t[15] / t[0], 2)}
+
+
 class Replay:
     """Stands in for a drafter: yields the recorded trees of one position."""
 
@@ -109,12 +124,13 @@ class Replay:
 
 
 @torch.inference_mode()
-def record(setup: run.Setup, prompts: list[list[int]], new: int) -> list[list[dict]]:
+def record(setup: run.Setup, prompts: list[list[int]], new: int, trust: float = 1.0) -> list[list[dict]]:
     """For each prompt, for each position of its greedy text: what every stopping step would have verified.
 
     A position holds, by step s, confidence[s] and, for the methods `graft` and `prune`, the nodes likeliest first as
     (probability, was the text's, source); for `retrieve` one such list. `paper` holds its fixed stages' trees."""
-    wide = GraftConfig(method="graft", budget=32, verify_cost=(0.0,) * 33, depth=DEPTH, top_k=TOP_K, checkpoints=(), thresholds=(), retained=())
+    wide = GraftConfig(method="graft", trust=trust, budget=32, verify_cost=(0.0,) * 33, depth=DEPTH, top_k=TOP_K,
+                       checkpoints=(), thresholds=(), retained=())
     paper = GraftConfig(method="graft", budget=60, depth=DEPTH, top_k=TOP_K)
     texts = []
     for which, prompt in enumerate(prompts):
@@ -125,7 +141,8 @@ def record(setup: run.Setup, prompts: list[list[int]], new: int) -> list[list[di
         while len(text) < len(prompt) + new and text[-1] not in setup.model.config.eos_token_ids:
             start = state.cache.length
             positions = torch.arange(start, len(text), device=setup.model.device)[None]
-            logits, tapped = setup.model(torch.tensor([text[start:]], device=setup.model.device), positions, state.cache, taps=drafter.taps if drafter else ())
+            ids = torch.tensor([text[start:]], device=setup.model.device)
+            logits, tapped = setup.model(ids, positions, state.cache, taps=drafter.taps if drafter else ())
             state.cache.commit(list(range(len(text) - start)))
             features.append(tapped)
             rows.append((text[start:], logits[0].topk(k, dim=-1).indices.int()))
@@ -141,33 +158,35 @@ def record(setup: run.Setup, prompts: list[list[int]], new: int) -> list[list[di
                 state.adjacency.rows[torch.tensor(tokens)] = found
             trees = []
             if drafter:
-                drafter.observe(features[i - len(prompt)], torch.tensor([text[1:i + 1] if i == len(prompt) else [root]], device=setup.model.device))
-                for tree in drafter.expand(root, DEPTH, TOP_K):
-                    trees.append(tree.select(range(len(tree))))
+                following = torch.tensor([text[1:i + 1] if i == len(prompt) else [root]], device=setup.model.device)
+                drafter.observe(features[i - len(prompt)], following)
+                trees = [tree.select(range(len(tree))) for tree in drafter.expand(root, DEPTH, TOP_K)]
             if not future:
                 continue
-            confidence = [torch.tensor(t.scores[len(trees[s - 1]) if s else 1:]).max().exp().item() for s, t in enumerate(trees)]
+            confidence = [math.exp(max(tree.scores[len(trees[s - 1]) if s else 1:])) for s, tree in enumerate(trees)]
             entry = {"confidence": confidence, "left": len(future), "graft": [], "prune": []}
             for s in range(len(trees)):
                 for method in ("graft", "prune"):
-                    config = replace(wide, method=method, depth=s)
-                    tree = draft_and_prune(root, config, METHODS[method], Replay(trees), Stats())
-                    branches = retrieve(tree, config, METHODS[method], state, Stats())
-                    entry[method].append(nodes_of(graft(tree, branches, replace(config, verify_cost=()), METHODS[method], len(future), Stats()), future))
-            tree = Tree.rooted(root)
-            branches = retrieve(tree, wide, METHODS["retrieve"], state, Stats())
-            entry["retrieve"] = nodes_of(graft(tree, branches, replace(wide, verify_cost=()), METHODS["retrieve"], len(future), Stats()), future)
+                    entry[method].append(nodes_of(build(root, method, replace(wide, depth=s), trees, state, len(future), Stats()), future))
+            entry["retrieve"] = nodes_of(build(root, "retrieve", wide, trees, state, len(future), Stats()), future)
             if trees:
                 stats = Stats()
-                tree = draft_and_prune(root, paper, METHODS["graft"], Replay(trees), stats)
-                branches = retrieve(tree, paper, METHODS["graft"], state, Stats())
+                nodes = nodes_of(build(root, "graft", paper, trees, state, len(future), stats), future)
                 stage = next(iter(stats.stages))
-                entry["paper"] = (DEPTH if stage == "full" else int(stage), nodes_of(graft(tree, branches, paper, METHODS["graft"], len(future), Stats()), future))
+                entry["paper"] = (DEPTH if stage == "full" else int(stage), nodes)
             rounds.append(entry)
         texts.append(rounds)
         print(f"\r{which + 1}/{len(prompts)} texts replayed", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return texts
+
+
+def build(root: int, name: str, config: GraftConfig, trees: list[Tree], state, room: int, stats: Stats) -> Tree:
+    """The tree that a round of this method would have verified; where all prices are 0, before they cut it."""
+    method = METHODS[name]
+    tree = draft_and_prune(root, config, method, Replay(trees) if method.draft else None, stats)
+    branches = retrieve(tree, config, method, state, stats)
+    return graft(tree, branches, config, method, room, stats)
 
 
 def nodes_of(tree: Tree, future: list[int]) -> list[tuple]:
@@ -176,7 +195,7 @@ def nodes_of(tree: Tree, future: list[int]) -> list[tuple]:
     for node in range(1, len(tree)):
         if tree.parents[node] in went and tree.depths[node] <= len(future) and tree.tokens[node] == future[tree.depths[node] - 1]:
             went.add(node)
-    return [(2.718281828459045 ** tree.scores[node], node in went, tree.sources[node]) for node in tree.best(list(range(1, len(tree))), len(tree))]
+    return [(math.exp(tree.scores[i]), i in went, tree.sources[i]) for i in tree.best(list(range(1, len(tree))), len(tree))]
 
 
 class Scorer:
@@ -259,7 +278,8 @@ def reliability(texts: list) -> dict:
             for p, went, source in position["graft"][-1] if position["graft"] else position["retrieve"]:
                 entry = bins.setdefault(source, {}).setdefault(min(int(p * 10), 9), [0.0, 0, 0])
                 entry[0], entry[1], entry[2] = entry[0] + p, entry[1] + went, entry[2] + 1
-    return {source: {f"{b / 10:.1f}": [round(e / n, 3), round(w / n, 3), n] for b, (e, w, n) in sorted(found.items())} for source, found in bins.items()}
+    return {source: {f"{b / 10:.1f}": [round(e / n, 3), round(w / n, 3), n] for b, (e, w, n) in sorted(found.items())}
+            for source, found in bins.items()}
 
 
 def main() -> None:
@@ -274,11 +294,18 @@ def main() -> None:
     args = parser.parse_args()
     given = [word for name in ("model", "draft", "device") if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
     setup = run.set_up(run.parse(["calibrating", "--dtype", args.dtype, *given]))
-    prompts = [tokens[:answer_from] for tokens, answer_from in read_text(Path(args.text))[:args.prompts]]
+    held = read_text(Path(args.text))[:HELD_OUT]
+    prompts = [tokens[:answer_from] for tokens, answer_from in held[::max(1, len(held) // args.prompts)]][:args.prompts]
     t, observe, head = measure(setup, args.length, args.repeats)
     print("t(n), ms:", {n: round(t[n], 1) for n in (0, 3, 7, 15, 31, 60)}, f"observe {observe:.2f}, head step {head:.2f}")
     begin = time.perf_counter()
-    texts = record(setup, prompts, args.new_tokens)
+    trust = 1.0
+    if setup.head:        # how much less often a retrieved node is right than it claims, where the head proposed other tokens
+        by_source = reliability(record(setup, prompts[::4], args.new_tokens))
+        found = [row for source in (NGRAM, ADJACENCY) for row in by_source.get(source, {}).values()]
+        trust = round(min(1.0, max(0.02, sum(r * n for _, r, n in found) / sum(c * n for c, _, n in found))), 3)
+        print("trust", trust)
+    texts = record(setup, prompts, args.new_tokens, trust)
     positions = sum(map(len, texts))
     print(f"{positions} positions in {time.perf_counter() - begin:.0f} s")
     rest = 0.04 * t[0]
@@ -287,7 +314,9 @@ def main() -> None:
     plain = score.walk(lambda position: (-1, [], 0))
     if setup.head:
         methods |= {"prune": choose(score, "prune"), "graft": choose(score, "graft")}
-        fixed = {(depth, n): score.walk(lambda position: (depth, position["prune"][depth], n)) for depth in range(DEPTH + 1) for n in (3, 4, 5, 6, 7, 9, 11, 13, 15, 19, 23, 31)}
+        methods["graft"]["config"]["trust"] = trust
+        fixed = {(depth, n): score.walk(lambda position: (depth, position["prune"][depth], n))
+                 for depth in range(DEPTH + 1) for n in (3, 4, 5, 6, 7, 9, 11, 13, 15, 19, 23, 31)}
         depth, n = max(fixed, key=lambda key: fixed[key]["tokens_per_second"])
         methods["eagle"] = {"config": {"budget": n, "top_k": TOP_K, "depth": depth}, "predicted": fixed[depth, n]}
         methods["paper"] = {"predicted": score.walk(lambda position: (*position["paper"], 60))}
@@ -301,7 +330,7 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     report = {"command": "python tools/calibrate.py " + " ".join(a if "/" not in a else Path(a).name for a in sys.argv[1:]),
               "environment": run.environment(setup), "positions": positions, "plain_tokens_per_second": round(plain["tokens_per_second"], 2),
-              "milliseconds": {"t": [round(x, 3) for x in t], "observe": round(observe, 3), "head": round(head, 3), "rest": round(rest, 3)},
+              "floor": floor(setup.model, t), "milliseconds": {"t": [round(x, 3) for x in t], "observe": round(observe, 3), "head": round(head, 3), "rest": round(rest, 3)},
               "reliability": reliability(texts), "methods": methods}
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print("wrote", out)

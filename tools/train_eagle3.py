@@ -183,13 +183,14 @@ def chain(head: Eagle3, tokens, features, steps: int):
 class Texts:
     """The conversations of some shards, read from disk as they are needed."""
 
-    def __init__(self, shards: list[Path]):
+    def __init__(self, shards: list[Path], most: int = 2**31):
         self.entries = []                                                          # (file, start, length, start of the answer)
         for path in shards:
             file, at = safe_open(path, "pt"), 0
             for size, answer_from in file.get_tensor("lengths").tolist():
                 self.entries.append((file, at, size, answer_from))
                 at += size
+        self.entries = self.entries[::max(1, len(self.entries) // most)]     # spread out: short conversations are finished first
         self.tokens = sum(entry[2] for entry in self.entries)
 
     def batches(self, rng: random.Random, size: int):
@@ -294,7 +295,7 @@ def train(args) -> None:
     shards = sorted(data.glob("shard-*.safetensors"))
     if len(shards) < 2:
         raise SystemExit("error: fewer than two shards of self-made text; run the command 'generate' first")
-    held, state_file = Texts(shards[:1]), data / f"{args.name}.pt"
+    held, state_file = Texts(shards[:1], args.held_out), data / f"{args.name}.pt"
     state = torch.load(state_file, map_location=args.device, weights_only=True) if state_file.exists() else None
     if state:
         d2t = state["head"]["d2t"]
@@ -464,7 +465,8 @@ def main() -> None:
     fit.add_argument("--batch-tokens", type=int, default=2048)
     fit.add_argument("--lr", type=float, default=2e-3)
     fit.add_argument("--decay", type=float, default=0.5, help="last share of the run, in which the learning rate falls to 0")
-    fit.add_argument("--validate", type=int, default=200, help="updates between validations")
+    fit.add_argument("--validate", type=int, default=500, help="updates between validations")
+    fit.add_argument("--held-out", type=int, default=80, help="conversations of the first shard to validate on")
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype)
     {"generate": generate, "text": text, "train": train}[args.command](args)

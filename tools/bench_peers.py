@@ -1,0 +1,119 @@
+"""Graft beside other implementations of decoding, on the same prompts, weights, dtype and threads, prompt by prompt in one run.
+
+    pip install transformers && python tools/bench_peers.py --prompts FILE.jsonl --json results/peers_cpu_bfloat16.json
+    pip install llama-cpp-python, then add --gguf FILE for llama.cpp on a bfloat16 GGUF of the same weights
+
+Peers: transformers' greedy `generate`, its prompt lookup (10 tokens), its assisted generation by early exit (the first third of
+the layers drafts; made for checkpoints trained for it), with --compiled its static cache under torch.compile. A prompt's time
+runs from token ids to the last token id, prefill included. `same` counts prompts whose output equals our `ar`.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import run  # noqa: E402
+from demo_model import demo_model  # noqa: E402
+from graft import generate  # noqa: E402
+from model import fetch_checkpoint  # noqa: E402
+
+
+def ours(setup: run.Setup, method: str, new: int):
+    config = replace(setup.configure(method), max_new_tokens=new)
+    return lambda ids: [token for step in generate(setup.model, ids, config, state=setup.state()) for token in step.tokens]
+
+
+def transformers_generate(model, new: int, **options):
+    def call(ids: list[int]) -> list[int]:
+        prompt = torch.tensor([ids], device=model.device)
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=new, pad_token_id=0, **options)
+        return out[0, len(ids):].tolist()
+    return call
+
+
+def llama_cpp(path: str, new: int, eos: tuple[int, ...], context: int):
+    from llama_cpp import Llama
+    llama = Llama(path, n_ctx=context, n_threads=torch.get_num_threads(), n_threads_batch=torch.get_num_threads(), verbose=False)
+
+    def call(ids: list[int]) -> list[int]:
+        llama.reset()
+        out = []
+        for token in llama.generate(ids, temp=0.0, top_k=1):
+            out.append(token)
+            if token in eos or len(out) == new:
+                return out
+    return call
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", required=True)
+    parser.add_argument("--limit-per-task", type=int)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
+    parser.add_argument("--model", help="folder or Hub id (default: the demo model)")
+    parser.add_argument("--methods", default="ar,graft", help="ours")
+    parser.add_argument("--compiled", action="store_true", help="also transformers' compiled static cache (minutes to compile)")
+    parser.add_argument("--gguf", help="also llama.cpp on this file")
+    parser.add_argument("--json", metavar="OUT")
+    args = parser.parse_args()
+    import transformers
+    setup = run.set_up(run.parse(["peers", "--dtype", args.dtype, *(["--model", args.model] if args.model else [])]))
+    folder = fetch_checkpoint(args.model) if args.model else demo_model()
+    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=setup.model.dtype).to(setup.model.device).eval()
+    new = args.max_new_tokens
+    calls = {name: ours(setup, name, new) for name in args.methods.split(",")}
+    calls["transformers greedy"] = transformers_generate(peer, new)
+    calls["transformers prompt lookup"] = transformers_generate(peer, new, prompt_lookup_num_tokens=10)
+    calls["transformers early exit"] = transformers_generate(peer, new, assistant_early_exit=setup.model.config.num_hidden_layers // 3)
+    if args.compiled:
+        calls["transformers compiled"] = transformers_generate(peer, new, cache_implementation="static")
+    if args.gguf:
+        calls["llama.cpp"] = llama_cpp(args.gguf, new, setup.model.config.eos_token_ids, 4096)
+    prompts = run.read_prompts(args.prompts, args.limit_per_task)
+    encoded = [setup.ids([{"role": "user", "content": p["text"]}]) for p in prompts]
+    for name in list(calls):
+        try:
+            calls[name](encoded[0])                              # once uncounted
+        except Exception as error:  # a peer that does not run here is left out, and said to be
+            print(f"{name} does not run here: {str(error).splitlines()[0]:.120}")
+            del calls[name]
+    runs = {name: [] for name in calls}
+    for number, ids in enumerate(encoded):
+        order = list(calls)
+        outputs = {}
+        for turn in range(len(order)):
+            name = order[(turn + number) % len(order)]
+            begin = time.perf_counter()
+            outputs[name] = calls[name](ids)
+            runs[name].append((prompts[number]["task"], len(outputs[name]), time.perf_counter() - begin))
+        for name in order:
+            runs[name][-1] += (outputs[name] == outputs[order[0]],)
+        print(f"\r{number + 1}/{len(encoded)} prompts", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    speed = lambda rows: sum(n for _, n, _, _ in rows) / sum(s for _, _, s, _ in rows)
+    tasks, table = sorted({p["task"] for p in prompts}), {}
+    for name, rows in runs.items():
+        base = runs["transformers greedy"]
+        ratios = sorted((a[1] / a[2]) / (b[1] / b[2]) for a, b in zip(rows, base))
+        table[name] = {"tokens_per_second": round(speed(rows), 2), "over_transformers_greedy": round(speed(rows) / speed(base), 3),
+                       "prompt_ratio_quartiles": [round(x, 3) for x in statistics.quantiles(ratios, n=4)], "same": sum(r[3] for r in rows),
+                       "by_task": {task: round(speed([r for r in rows if r[0] == task]), 2) for task in tasks}}
+        print(f"{name:28}", table[name])
+    if args.json:
+        command = "python tools/bench_peers.py " + " ".join(a if "/" not in a else Path(a).name for a in sys.argv[1:])
+        report = {"command": command, "environment": run.environment(setup) | {"transformers": transformers.__version__},
+                  "prompts": len(prompts), "peers": table}
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
