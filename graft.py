@@ -58,12 +58,13 @@ class GraftConfig:
     checkpoints: tuple[int, ...] = (0, 1, 5)     # expansion steps d after which confidence is checked
     thresholds: tuple[float, ...] = (0.4, 0.3, 0.1)   # tau_d: stop drafting where exp(max S_d) is below
     retained: tuple[float, ...] = (8 / 60, 24 / 60, 40 / 60)   # the budget's share that a stage's draft keeps
+    sure: float = 1.0                            # n-gram probability from which the root's children are draft enough (ours)
     verify_cost: tuple[float, ...] = ()          # price of verifying n = 0, 1, ... nodes, in tokens; empty: the budget decides alone
-    trust: float = 1.0                           # factor on a retrieved node's probability where the head has proposed other tokens
+    trust: tuple[float, float] = (1.0, 1.0)      # factors on the probability of n-gram and adjacency nodes beside the head's own
     graft_anchors: int = 4                       # draft nodes, besides the root, that retrieval may continue
     adjacency: bool = True
     ngrams: bool = True
-    prefill_chunk: int = 512
+    prefill_chunk: int = 256
     temperature: float = 0.0                     # 0: greedy
     seed: int = 0
     eos_token_ids: tuple[int, ...] | None = None   # None: the model's own
@@ -85,8 +86,10 @@ class GraftConfig:
             raise ValueError(f"checkpoints is {self.checkpoints}; expected rising expansion steps from 0")
         if self.verify_cost and len(self.verify_cost) != self.budget + 1:
             raise ValueError(f"verify_cost has {len(self.verify_cost)} entries; expected none or one for each of 0 to {self.budget} nodes")
-        if not 0 < self.trust <= 1:
-            raise ValueError(f"trust is {self.trust}; expected a number above 0, at most 1")
+        if len(self.trust) != 2 or not all(0 < factor <= 1 for factor in self.trust):
+            raise ValueError(f"trust is {self.trust}; expected two numbers above 0, at most 1")
+        if not 0 <= self.sure <= 1:
+            raise ValueError(f"sure is {self.sure}; expected a number from 0 to 1")
         for name in ("thresholds", "retained"):
             if not all(0 <= value <= 1 for value in getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected numbers from 0 to 1")
@@ -100,6 +103,7 @@ class Stats:
     tokens: int = 0                                                # committed, cut as plain decoding would be
     rounds: int = 0                                                # verification forwards; prefill, which gives the first token, is none
     nodes: Counter = field(default_factory=Counter)                # verified nodes by source
+    merged: int = 0                                                # retrieved nodes that were in the tree already, and cost nothing
     accepted: Counter = field(default_factory=Counter)             # committed tokens by source
     stages: Counter = field(default_factory=Counter)               # rounds by the checkpoint that stopped drafting, or "full"
     seconds: Counter = field(default_factory=Counter)              # by step
@@ -252,7 +256,7 @@ def generate(model: Model, prompt: list[int], config: GraftConfig = GraftConfig(
     yield Round(tokens, [TARGET], None, [], stats)
     while not stats.finish:
         room = min(config.max_new_tokens - len(output), limit - len(prompt) - len(output)) - 1   # no use in deeper guesses
-        tree = draft_and_prune(root, config, method, drafter, stats)
+        tree = draft_and_prune(root, config, method, state, drafter, stats)
         branches = retrieve(tree, config, method, state, stats)
         tree = graft(tree, branches, config, method, room, stats)
         path, picks, logits, features = verify(model, tree, config, state, drafter, stats)
@@ -300,14 +304,19 @@ def prefill(model: Model, prompt: list[int], config: GraftConfig, state: State, 
     return root
 
 
-def draft_and_prune(root: int, config: GraftConfig, method: Method, drafter: EagleDrafter | None, stats: Stats) -> Tree:
-    """Steps 1 and 2. Draft step by step; where confidence c_d = exp(max S_d) falls below tau_d, stop and keep that stage's share."""
+def draft_and_prune(root: int, config: GraftConfig, method: Method, state: State, drafter: EagleDrafter | None, stats: Stats) -> Tree:
+    """Steps 1 and 2. Draft step by step; where confidence c_d = exp(max S_d) falls below tau_d, stop and keep that stage's share.
+    Where the n-gram index is sure of what follows, do not draft beyond the root's children (ours)."""
     with stats.clock("draft"):
         if not drafter:
             return Tree.rooted(root)
         share, stage = UNPRUNED if method.retrieve and not method.prune else 1.0, "full"
-        seen = 1
-        for step, tree in enumerate(drafter.expand(root, config.depth, config.top_k)):
+        depth, seen = config.depth, 1
+        if method.prune and method.retrieve and config.ngrams and config.sure < 1:
+            _, _, scores = state.ngrams.propose(1)
+            if scores and math.exp(scores[0]) >= config.sure:
+                depth, stage = 0, "sure"
+        for step, tree in enumerate(drafter.expand(root, depth, config.top_k)):
             newest, seen = tree.scores[seen:], len(tree)
             if method.prune and step in config.checkpoints:
                 which = config.checkpoints.index(step)
@@ -336,8 +345,9 @@ def retrieve(tree: Tree, config: GraftConfig, method: Method, state: State, stat
         if config.adjacency:
             found = state.adjacency.propose([tree.tokens[node] for node in anchors], free)
             branches += [(node, ADJACENCY, branch) for node, branch in zip(anchors, found)]
-        expanded, doubt = set(tree.parents), math.log(config.trust)
-        return [(node, source, (tokens, parents, [score + doubt for score in scores] if node in expanded else scores))
+        # Where the head has proposed other tokens, it is less likely that a retrieved one is right.
+        expanded, doubt = set(tree.parents), {NGRAM: math.log(config.trust[0]), ADJACENCY: math.log(config.trust[1])}
+        return [(node, source, (tokens, parents, [score + doubt[source] for score in scores] if node in expanded else scores))
                 for node, source, (tokens, parents, scores) in branches]
 
 
@@ -349,7 +359,7 @@ def graft(tree: Tree, branches: list, config: GraftConfig, method: Method, room:
     """Step 4. Merge what was retrieved into the freed slots; `room` is how many tokens may still follow the root. Where prices
     are known, drafted and retrieved nodes compete, and only those likely enough to pay are kept (ours)."""
     with stats.clock("graft"):
-        tree.graft(branches, len(tree) - 1 + config.budget if priced(config, method) else config.budget)
+        stats.merged += tree.graft(branches, len(tree) - 1 + config.budget if priced(config, method) else config.budget)
         tree = tree.within(max(room, 0))
         if priced(config, method):
             tree = tree.worth(config.verify_cost)

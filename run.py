@@ -489,7 +489,7 @@ def command_bench(args) -> int:
             outputs[name].append(output)
             runs[name].append({"id": prompt["id"], "task": prompt["task"], "prompt_tokens": len(ids), "tokens": len(output),
                                "seconds": seconds, "rounds": stats.rounds, "steps": dict(stats.seconds), "nodes": dict(stats.nodes),
-                               "accepted": dict(stats.accepted), "stages": dict(stats.stages)})
+                               "accepted": dict(stats.accepted), "stages": dict(stats.stages), "merged": {"nodes": stats.merged}})
         passed = time.perf_counter() - began
         say(f"\r{number + 1}/{len(prompts)} prompts, {passed:.0f} s, about {passed / (number + 1) * (len(prompts) - number - 1):.0f} s left   ", end="")
     say()
@@ -498,7 +498,7 @@ def command_bench(args) -> int:
     table = {name: total(of(name, None), of("ar", None)) | {
         "by_task": {task: total(of(name, task), of("ar", task)) for task in tasks},
         **{key: {k: round(sum(r[key].get(k, 0) for r in runs[name]), 3) for k in sorted({k for r in runs[name] for k in r[key]})}
-           for key in ("steps", "nodes", "accepted", "stages")}} for name in methods}
+           for key in ("steps", "nodes", "merged", "accepted", "stages")}} for name in methods}
     exact = setup.model
     if exact.dtype != torch.float32 and any(outputs[name] != outputs["ar"] for name in methods):
         exact = load_model(fetch_checkpoint(args.model, args.revision) if args.model else demo_model(say),

@@ -324,7 +324,9 @@ def test_graft_merges_as_a_trie_within_the_budget(tree, others, extra):
     before, budget = paths(tree), len(tree) - 1 + extra
     allowed = {tuple(tree.tokens[i] for i in tree.path(a % len(tree))) + p for a, o in others for p in paths(o)} | before
     size = len(tree)
-    tree.graft(branches, budget)
+    shared = tree.graft(branches, budget)
+    if len(tree) == len(allowed):                                                   # all fitted: what was not added was there
+        assert shared == sum(len(tokens) for _, _, (tokens, _, _) in branches) - (len(tree) - size)
     assert before <= paths(tree) <= allowed
     assert len(paths(tree)) == len(tree) == min(budget + 1, len(allowed))           # no duplicates, no slot wasted
     assert tree.sources[size:] == [NGRAM] * (len(tree) - size)
@@ -492,6 +494,7 @@ def test_every_method_is_plain_decoding(method, seed, prompt, budget, depth, top
     thresholds = data.draw(st.sampled_from([(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.1, 0.05, 0.01)]))
     cost = data.draw(st.sampled_from([(), tuple(0.02 * n for n in range(budget + 1))]))
     config = GraftConfig(method=method, max_new_tokens=new, budget=budget, depth=depth, top_k=top_k, thresholds=thresholds, verify_cost=cost,
+                         sure=data.draw(st.sampled_from([1.0, 0.3, 0.0])), trust=data.draw(st.sampled_from([(1.0, 1.0), (0.5, 0.1)])),
                          eos_token_ids=eos, prefill_chunk=data.draw(st.integers(1, 12)))
     state = State(model, EagleDrafter(tiny_head(model)), AdjacencyMatrix(VOCAB, 4), NGramIndex())
     got, stats = collect(model, prompt, config, state=state, stopped=stopped)
@@ -562,7 +565,7 @@ def test_sampling_is_plain_sampling_and_has_the_right_distribution():
 
 @pytest.mark.parametrize("fields", [dict(method="magic"), dict(budget=0), dict(max_new_tokens=0), dict(depth=-1), dict(top_k=1.5),
                                     dict(thresholds=(2, 0, 0)), dict(checkpoints=(5, 1, 0)), dict(retained=(1,)), dict(temperature=-1),
-                                    dict(verify_cost=(0.0, 1.0))])
+                                    dict(verify_cost=(0.0, 1.0)), dict(trust=(0.5, 0)), dict(sure=2)])
 def test_a_bad_config_names_its_field(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         GraftConfig(**fields)

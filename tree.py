@@ -88,19 +88,23 @@ class Tree:
         tree.child = {(parents[i], tree.tokens[i]): i for i in range(1, len(kept))}
         return tree
 
-    def graft(self, branches: list[tuple[int, str, Branch]], budget: int) -> None:
+    def graft(self, branches: list[tuple[int, str, Branch]], budget: int) -> int:
         """Merge retrieved branches as a trie, likeliest node first over all of them, until the tree has `budget` nodes below
         its root. Each branch is (anchor node, source, (tokens, parents, scores)) with scores relative to its anchor and never
-        rising from parent to child. A branch that repeats what is there walks on through it and costs nothing."""
+        rising from parent to child. A branch that repeats what is there walks on through it and costs nothing; returns how many
+        nodes were there already."""
         order = sorted((-self.scores[anchor] - score, which, i)
                        for which, (anchor, _, (_, _, scores)) in enumerate(branches) for i, score in enumerate(scores))
-        place = {}
+        place, shared = {}, 0
         for minus_score, which, i in order:
             anchor, source, (tokens, parents, _) = branches[which]
             parent = anchor if parents[i] < 0 else place[which, parents[i]]
-            if (parent, tokens[i]) not in self.child and len(self) > budget:
-                return
+            there = (parent, tokens[i]) in self.child
+            if not there and len(self) > budget:
+                break
+            shared += there
             place[which, i] = self.add(tokens[i], parent, -minus_score, source)
+        return shared
 
     def worth(self, cost: Sequence[float]) -> "Tree":
         """The root and as many of the likeliest nodes as pay. cost[n] is the price of verifying n nodes, in tokens; a node's
