@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,12 +36,16 @@ def main() -> None:
     if len(shards) < 2:
         raise SystemExit("error: fewer than two shards of self-made text; run tools/train_eagle3.py generate first")
     matrix = AdjacencyMatrix(model.config.vocab_size, args.k)
-    for path in shards[1:]:                             # the first is held out
-        shard = load_file(path)
-        for part in range(0, len(shard["tokens"]), 512):
-            logits = model.lm_head(model.norm(shard["features"][part:part + 512, 3 * H:].to(model.dtype)))
-            matrix.update(shard["tokens"][part:part + 512].long(), logits)
-        print(f"\r{path.name}: {int((matrix.rows[:, 0] >= 0).sum())} rows written", end="", flush=True)
+    texts = [safe_open(path, "pt") for path in shards[1:]]             # the first is held out
+    tokens = [text.get_tensor("tokens").long() for text in texts]
+    everything = torch.cat(tokens)
+    last = torch.full((model.config.vocab_size,), -1).scatter_reduce_(0, everything, torch.arange(len(everything)), "amax")
+    for number, (text, part) in enumerate(zip(texts, torch.arange(len(everything)).split([len(t) for t in tokens]))):
+        here = (last[everything[part]] == part).nonzero()[:, 0]        # a row keeps its last writing, so only that is computed
+        features = text.get_tensor("features")[here, 3 * H:]
+        for rows, feature in zip(here.split(512), features.split(512)):
+            matrix.update(tokens[number][rows], model.lm_head(model.norm(feature.to(model.dtype))))
+        print(f"\r{number + 1} of {len(texts)} shards: {int((matrix.rows[:, 0] >= 0).sum())} rows written", end="", flush=True)
     print()
     held = load_file(shards[0])
     ranks, seen, at = torch.zeros(args.k), 0, 0
