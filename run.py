@@ -158,7 +158,8 @@ class Setup:
     model: Model
     head: object
     text: Text
-    config: GraftConfig
+    config: GraftConfig       # of the method asked for
+    base: GraftConfig         # before calibration
     chat: bool
     system: str | None
     corpus: list[int]
@@ -180,7 +181,7 @@ class Setup:
         method, changes = ABLATIONS.get(method, (method, {}))
         like = "eagle" if METHODS[method].draft and not METHODS[method].prune else "graft" if method.startswith("graft") else method
         tuned = self.tuned.get(like, {})
-        return replace(self.config, **{"method": method} | tuned | changes)
+        return replace(self.base, **{"method": method} | tuned | changes)
 
     def ids(self, messages: list[dict]) -> list[int]:
         if not self.chat:
@@ -231,7 +232,7 @@ def set_up(args) -> Setup:
     path = Path(args.calibration) if args.calibration else path
     tuned = read_calibration(path) if not args.budget and path and (args.calibration or path.exists()) else {}
     warm = DEMO_STORE if not args.model and not args.cold and DEMO_STORE.exists() else None
-    setup = Setup(model, head, text, config, chat, args.system, corpus, tuned, Path(args.store) if args.store else None, warm)
+    setup = Setup(model, head, text, config, config, chat, args.system, corpus, tuned, Path(args.store) if args.store else None, warm)
     return replace(setup, config=setup.configure(method))
 
 

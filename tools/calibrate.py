@@ -249,12 +249,14 @@ class Scorer:
 
 
 def choose(score: Scorer, method: str) -> dict:
-    """Thresholds, depth and rate for a method that prunes: coordinate search, then the rate's fixed point, until it stays."""
+    """Thresholds, depth and rate for a method that prunes, by coordinate search. The best rate for prices lies below the rate
+    reached, because the estimates are of the target's distribution and its greedy choice is surer than that (`reliability`)."""
     taus, depth, rate, sure = [0.3] * DEPTH, 0 if method == "retrieve" else 4, 60.0, 1.0
     value = lambda: score.priced(method, taus, depth, rate, sure)["tokens_per_second"]
     for sweep in range(4):
-        rate = value()
-        before = (list(taus), depth, round(rate))
+        reached, before = value(), (list(taus), depth, rate, sure)
+        rate = max((round(reached * factor, 3) for factor in (0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2)),
+                   key=lambda r: score.priced(method, taus, depth, r, sure)["tokens_per_second"])
         if method == "retrieve":
             continue
         depth = max(range(DEPTH + 1), key=lambda d: score.priced(method, taus, d, rate, sure)["tokens_per_second"])
@@ -265,7 +267,7 @@ def choose(score: Scorer, method: str) -> dict:
             taus[step] = max(scores, key=scores.get)
         if method == "graft":
             sure = max((1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), key=lambda s: score.priced(method, taus, depth, rate, s)["tokens_per_second"])
-        if before == (list(taus), depth, round(value())):
+        if before == (list(taus), depth, rate, sure):
             break
     result = score.priced(method, taus, depth, rate, sure)
     budget = 32
