@@ -458,6 +458,14 @@ def first_difference(setup: Setup, exact: Model, ids: list[int], a: list[int], b
     return "near_tie" if gap <= NEAR_TIE[str(setup.model.dtype).removeprefix("torch.")] else "different"
 
 
+def finished(partial: Path, key: str) -> list[dict]:
+    """The prompts that an interrupted run of the same benchmark has finished; leaves a file that holds no others."""
+    lines = partial.read_text(encoding="utf-8").split("\n") if partial.exists() else []
+    whole = lines[1:-1] if lines[:1] == [key] else []                    # behind the last newline: nothing, or half a line
+    partial.write_text("".join(line + "\n" for line in [key, *whole]), encoding="utf-8")
+    return [json.loads(line) for line in whole]
+
+
 def command_bench(args) -> int:
     methods = args.methods.split(",")
     for name in methods:
@@ -479,20 +487,29 @@ def command_bench(args) -> int:
     configs = {name: setup.configure(name) for name in methods}
     for name in methods:                # once each, uncounted: threads start, memory is touched
         answer(replace(setup, config=replace(configs[name], max_new_tokens=8)), encoded[0], setup.state(), args)
+    partial = Path(f"{args.json}.partial") if args.json else None       # finished prompts, so that an interrupted run goes on
+    key = json.dumps([environment(setup), {name: asdict(config) for name, config in configs.items()}, [p["id"] for p in prompts]])
+    done = finished(partial, key) if partial else []
     began = time.perf_counter()
     for number, (prompt, ids) in enumerate(zip(prompts, encoded)):
-        for turn in range(len(methods)):  # the order turns from prompt to prompt, so that no method always runs first
+        found = done[number] if number < len(done) else {}
+        for turn in range(len(methods) if not found else 0):  # the order turns, so that no method always runs first
             name = methods[(turn + number) % len(methods)]
             output, _, stats, seconds = answer(replace(setup, config=configs[name]), ids, setup.state(), args)
             if stats.finish == "interrupted":
-                say("\ninterrupted: nothing was written")
+                say("\ninterrupted" + (": the same command continues" if partial else ""))
                 return 130
-            outputs[name].append(output)
-            runs[name].append({"id": prompt["id"], "task": prompt["task"], "prompt_tokens": len(ids), "tokens": len(output),
-                               "seconds": seconds, "rounds": stats.rounds, "steps": dict(stats.seconds), "nodes": dict(stats.nodes),
-                               "accepted": dict(stats.accepted), "stages": dict(stats.stages), "merged": {"nodes": stats.merged}})
-        passed = time.perf_counter() - began
-        say(f"\r{number + 1}/{len(prompts)} prompts, {passed:.0f} s, about {passed / (number + 1) * (len(prompts) - number - 1):.0f} s left   ", end="")
+            found[name] = output, {"id": prompt["id"], "task": prompt["task"], "prompt_tokens": len(ids), "tokens": len(output),
+                                   "seconds": seconds, "rounds": stats.rounds, "steps": dict(stats.seconds), "nodes": dict(stats.nodes),
+                                   "accepted": dict(stats.accepted), "stages": dict(stats.stages), "merged": {"nodes": stats.merged}}
+        for name in methods:
+            outputs[name].append(found[name][0])
+            runs[name].append(found[name][1])
+        if partial and number >= len(done):
+            with open(partial, "a", encoding="utf-8") as file:
+                file.write(json.dumps(found) + "\n")
+        passed, fresh = time.perf_counter() - began, max(1, number + 1 - len(done))
+        say(f"\r{number + 1}/{len(prompts)} prompts, {passed:.0f} s, about {passed / fresh * (len(prompts) - number - 1):.0f} s left   ", end="")
     say()
     tasks = sorted({p["task"] for p in prompts})
     of = lambda name, task: [r for r in runs[name] if task in (None, r["task"])]
@@ -517,6 +534,7 @@ def command_bench(args) -> int:
         report = {"command": command, "environment": environment(setup), "warm_start": bool(setup.warm or setup.store), "prompts": len(prompts),
                   "config": {name: asdict(config) for name, config in configs.items()}, "methods": table, "lossless": lossless}
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        partial.unlink()
     return 1 if any(c["different"] for c in lossless.values()) else 0
 
 

@@ -686,6 +686,14 @@ def test_a_mistake_gets_one_line(arguments, words):
     assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
 
 
+def test_an_interrupted_bench_goes_on_where_it_was(tmp_path):
+    partial = tmp_path / "out.json.partial"
+    assert run.finished(partial, "key") == []
+    partial.write_text(partial.read_text() + '{"a": 1}\n{"a": 2}\n{"a"')
+    assert run.finished(partial, "key") == [{"a": 1}, {"a": 2}] == run.finished(partial, "key")
+    assert run.finished(partial, "other settings") == [] == run.finished(partial, "key")
+
+
 def test_bench_writes_its_table(tmp_path):
     prompts = tmp_path / "p.jsonl"
     prompts.write_text("\n".join(json.dumps({"id": i, "task": f"t{i}", "turns": ["List three fruits."]}) for i in range(2)))
@@ -693,4 +701,5 @@ def test_bench_writes_its_table(tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["lossless"]["retrieve"] == {"identical": 2, "near_tie": 0, "different": 0}
+    assert not (tmp_path / "out.json.partial").exists()
     assert report["methods"]["ar"]["by_task"]["t0"]["mean_accepted"] == 1.0 and report["environment"]["dtype"] == "float32"
