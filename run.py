@@ -177,7 +177,7 @@ class Setup:
         return State(self.model, EagleDrafter(self.head) if self.head else None, adjacency, ngrams)
 
     def configure(self, method: str) -> GraftConfig:
-        """The configuration of a method or an ablation: what was calibrated for this device, unless --budget says otherwise."""
+        """The configuration of a method or an ablation, with what was calibrated for this device."""
         method, changes = ABLATIONS.get(method, (method, {}))
         like = "eagle" if METHODS[method].draft and not METHODS[method].prune else "graft" if method.startswith("graft") else method
         tuned = self.tuned.get(like, {})
@@ -230,7 +230,10 @@ def set_up(args) -> Setup:
                          budget=args.budget or (CPU_BUDGET if device.type == "cpu" else GPU_BUDGET))
     path = CALIBRATION / f"smollm2-135m-instruct-{device.type}-{str(dtype).removeprefix('torch.')}.json" if not args.model else None
     path = Path(args.calibration) if args.calibration else path
-    tuned = read_calibration(path) if not args.budget and path and (args.calibration or path.exists()) else {}
+    tuned = read_calibration(path) if path and (args.calibration or path.exists()) else {}
+    for fields in tuned.values() if args.budget else ():
+        prices = fields.get("verify_cost", ())[:args.budget + 1]
+        fields |= {"budget": args.budget, "verify_cost": prices if len(prices) == args.budget + 1 else ()}
     warm = DEMO_STORE if not args.model and not args.cold and DEMO_STORE.exists() else None
     setup = Setup(model, head, text, config, config, chat, args.system, corpus, tuned, Path(args.store) if args.store else None, warm)
     return replace(setup, config=setup.configure(method))
@@ -571,7 +574,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32", "float64"))
     add("--max-new-tokens", type=int, default=128 if command == "bench" else 512)
-    add("--budget", type=int, help=f"nodes a tree holds below its root (default: {CPU_BUDGET} on a CPU, {GPU_BUDGET} on a GPU)")
+    add("--budget", type=int, help=f"most nodes a tree holds below its root (default: as calibrated, else {CPU_BUDGET} on a CPU, {GPU_BUDGET} on a GPU)")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--seed", type=int, default=0, help="of sampling: one seed, one text, whatever the method")
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")

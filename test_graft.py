@@ -641,15 +641,22 @@ def demo():
     return run.set_up(parser)
 
 
-def test_retrieve_is_plain_decoding_on_the_demo_model(demo):
+def test_every_step_is_plain_decoding_on_the_demo_model(demo):
     for question in ("Count from one to twenty in words.", "def fibonacci(n):", "Translate 'good morning' to French, German and Spanish."):
         ids = demo.ids([{"role": "user", "content": question}])
         texts = {}
-        for method in ("ar", "retrieve"):
-            steps = list(generate(demo.model, ids, GraftConfig(method=method, max_new_tokens=48, budget=15), state=demo.state()))
+        for method in ("ar", "retrieve", "eagle", "graft"):
+            steps = list(generate(demo.model, ids, replace(demo.configure(method), max_new_tokens=40), state=demo.state()))
             texts[method] = [token for step in steps for token in step.tokens]
-        assert texts["ar"] == texts["retrieve"]
-        assert steps[-1].stats.rounds < len(texts["ar"]) - 1
+            assert texts[method] == texts["ar"]
+            assert (steps[-1].stats.rounds < len(texts["ar"]) - 1) == (method != "ar")
+
+
+def test_the_demo_model_has_its_head_and_each_method_its_own_settings(demo):
+    graft, eagle, paper = demo.configure("graft"), demo.configure("eagle"), demo.configure("graft_60")
+    assert demo.config == graft and graft.method == "graft" and demo.head is not None
+    assert len(graft.verify_cost) == graft.budget + 1 and not eagle.verify_cost
+    assert (paper.budget, paper.retained, paper.verify_cost) == (60, (8 / 60, 24 / 60, 40 / 60), ())
 
 
 def test_users_cannot_write_control_tokens(demo):
@@ -679,7 +686,7 @@ def test_the_command_answers_in_json():
 @pytest.mark.parametrize("arguments, words", [
     (("",), "empty"), (("--bogus",), "--bogus"), (("x", "--model", "no-such-folder"), "no-such-folder"), (("x", "--budget", "0"), "--budget"),
     (("x", "--method", "eagle", "--draft", "gone/"), "gone"), (("x", "--device", "abacus"), "abacus"), (("x", "--file", "gone.txt"), "--file"),
-    (("bench", "--prompts", "gone.jsonl"), "gone.jsonl"), (("x", "--max-new-tokens", "0"), "max_new_tokens")])
+    (("bench", "--prompts", "gone.jsonl"), "gone.jsonl"), (("x", "--calibration", "gone.json"), "gone.json"), (("x", "--max-new-tokens", "0"), "max_new_tokens")])
 def test_a_mistake_gets_one_line(arguments, words):
     done = command(*arguments)
     assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
