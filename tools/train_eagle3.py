@@ -297,8 +297,9 @@ def train(args) -> None:
         raise SystemExit("error: fewer than two shards of self-made text; run the command 'generate' first")
     held, state_file = Texts(shards[:1], args.held_out), data / f"{args.name}.pt"
     state = torch.load(state_file, map_location=args.device, weights_only=True) if state_file.exists() else None
-    if state:
-        d2t = state["head"]["d2t"]
+    start = load_eagle3(args.start, target, pack=False).state_dict() if args.start and not state else None
+    if state or start:
+        d2t = (state["head"] if state else start)["d2t"]
     else:
         counts = torch.zeros(target.config.vocab_size)
         for path in shards[1:]:
@@ -320,9 +321,9 @@ def train(args) -> None:
             optimizer.load_state_dict(saved)
         seen, updates, history = state["seen"], state["updates"], state["history"]
         print(f"continuing after {seen:,} tokens")
-    elif args.start:
-        head.load_state_dict(load_eagle3(args.start, target, pack=False).float().state_dict(), strict=False)
-    rng, torch_seed = random.Random(args.seed + updates), torch.manual_seed(args.seed + updates)
+    elif start:
+        head.load_state_dict(start, strict=False)
+    rng = random.Random(args.seed + updates)
     began, start_seen, running, saved_at = time.time(), seen, None, time.time()
 
     def save():
