@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model import Eagle3, KVCache, Model
+from model import Eagle3, KVCache, Model, PackedCache
 from retrieval import AdjacencyMatrix, NGramIndex
-from tree import ADJACENCY, NGRAM, TARGET, Tree
+from tree import ADJACENCY, NGRAM, TARGET, Branch, Tree
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class GraftConfig:
     max_new_tokens: int = 256
     budget: int = 60                             # K_max
     depth: int = 7                               # expansion steps behind the root's own children
-    top_k: int = 10                              # children a node, and nodes expanded a step
+    draft_top_k: int = 10                        # children a node, and nodes expanded a step
     checkpoints: tuple[int, ...] = (0, 1, 5)     # expansion steps d after which confidence is checked
     thresholds: tuple[float, ...] = (0.4, 0.3, 0.1)   # tau_d: stop drafting where exp(max S_d) is below
     retained: tuple[float, ...] = (8 / 60, 24 / 60, 40 / 60)   # the budget's share that a stage's draft keeps
@@ -65,20 +65,26 @@ class GraftConfig:
     adjacency: bool = True
     ngrams: bool = True
     prefill_chunk: int = 256
-    temperature: float = 0.0                     # 0: greedy
+    temperature: float = 0.0                     # 0: greedy; else sampling, in this order:
+    repetition_penalty: float = 1.0              # positive logits of tokens in the text are divided by it, negative ones multiplied
+    top_k: int = 0                               # keep the k likeliest tokens; 0: all
+    top_p: float = 1.0                           # keep the likeliest tokens that make up this probability
+    min_p: float = 0.0                           # keep tokens that have this share of the likeliest one's probability
     seed: int = 0
     eos_token_ids: tuple[int, ...] | None = None   # None: the model's own
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}; expected one of {', '.join(METHODS)}")
-        for name, low, high in (("max_new_tokens", 1, 2**31), ("budget", 1, 1024), ("depth", 0, 64), ("top_k", 1, 64),
-                                ("graft_anchors", 0, 64), ("prefill_chunk", 1, 2**20), ("seed", 0, 2**40)):
+        for name, low, high in (("max_new_tokens", 1, 2**31), ("budget", 1, 1024), ("depth", 0, 64), ("draft_top_k", 1, 64),
+                                ("graft_anchors", 0, 64), ("prefill_chunk", 1, 2**20), ("top_k", 0, 2**31), ("seed", 0, 2**40)):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}; expected a whole number from {low} to {high}")
-        if not (isinstance(self.temperature, (int, float)) and 0 <= self.temperature <= 100):
-            raise ValueError(f"temperature is {self.temperature!r}; expected a number from 0 to 100")
+        for name, low, high in (("temperature", 0, 100), ("repetition_penalty", 0.01, 100), ("top_p", 1e-6, 1), ("min_p", 0, 1), ("sure", 0, 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise ValueError(f"{name} is {value!r}; expected a number from {low} to {high}")
         if not len(self.checkpoints) == len(self.thresholds) == len(self.retained):
             raise ValueError(f"checkpoints, thresholds and retained have lengths {len(self.checkpoints)}, {len(self.thresholds)} "
                              f"and {len(self.retained)}; expected one length")
@@ -88,8 +94,6 @@ class GraftConfig:
             raise ValueError(f"verify_cost has {len(self.verify_cost)} entries; expected none or one for each of 0 to {self.budget} nodes")
         if len(self.trust) != 2 or not all(0 < factor <= 1 for factor in self.trust):
             raise ValueError(f"trust is {self.trust}; expected two numbers above 0, at most 1")
-        if not 0 <= self.sure <= 1:
-            raise ValueError(f"sure is {self.sure}; expected a number from 0 to 1")
         for name in ("thresholds", "retained"):
             if not all(0 <= value <= 1 for value in getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected numbers from 0 to 1")
@@ -135,36 +139,133 @@ class Round:
     stats: Stats
 
 
+# ----------------------------------------------------------------------------------------------------------- sampling
+
+class Sampler:
+    """Which token the target picks after each node, and what of that is known in advance.
+
+    Sampling is the Gumbel-max trick: argmax(logits + temperature * noise) is a sample at that temperature. The noise of a text
+    position depends on (seed, position) alone, so plain and speculative decoding pick the same tokens; and because it is known
+    before the target has spoken, guesses can lean towards what it favours.
+    """
+
+    def __init__(self, config: GraftConfig, vocab_size: int, device):
+        self.config, self.vocab_size, self.position = config, vocab_size, 0            # position of the token to be picked next
+        self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)           # which tokens the text holds
+        self._noise: dict[int, Tensor] = {}
+
+    def read(self, tokens: list[int]) -> None:
+        """The text has grown by these tokens."""
+        self.position += len(tokens)
+        self._noise = {position: noise for position, noise in self._noise.items() if position >= self.position}
+        if self.config.repetition_penalty != 1:
+            self.seen[tokens] = True
+
+    def noise(self, depth: int) -> Tensor:
+        """Standard Gumbel noise [V] for the pick after a node at this depth; on the CPU, so that a seed means the same everywhere."""
+        position = self.position + depth
+        if position not in self._noise:
+            generator = torch.Generator().manual_seed(self.config.seed * 2**23 + position)
+            self._noise[position] = -torch.empty(self.vocab_size, dtype=torch.float64).exponential_(generator=generator).log()
+        return self._noise[position]
+
+    def pick(self, logits: Tensor, tree: Tree) -> list[int]:
+        """The target's token after each node: logits [n, V]."""
+        config = self.config
+        if not config.temperature and config.repetition_penalty == 1:
+            return logits.max(-1).indices.tolist()                                     # in bfloat16 four times as fast as argmax
+        logits = logits.double()
+        if config.repetition_penalty != 1:
+            seen = self.seen.repeat(len(tree), 1)                                      # [n, V]: the text, and the node's own path
+            on_path = [(node, tree.tokens[i]) for node in range(len(tree)) for i in tree.path(node)]
+            if on_path:
+                seen[tuple(torch.tensor(on_path, device=logits.device).T)] = True
+            logits = penalise(logits, seen, config.repetition_penalty)
+        if config.temperature:
+            logits = truncate(logits / config.temperature, config)
+            logits = logits + torch.stack([self.noise(depth) for depth in tree.depths]).to(logits.device)
+        return logits.max(-1).indices.tolist()
+
+    def lean(self, logits: Tensor, depth: int, ids: Tensor) -> Tensor:
+        """A guesser's log-probabilities that the target picks the tokens `ids` [v] after a node at this depth, given its logits
+        [rows, v]. Greedy: its log-softmax. Else the pick is argmax(logits + temperature * noise), so the noise joins the logits."""
+        logits, config = logits.float(), self.config
+        if config.repetition_penalty != 1:
+            logits = penalise(logits, self.seen[ids], config.repetition_penalty)
+        if config.temperature:
+            kept = truncate(logits / config.temperature, config) + self.noise(depth).to(ids.device)[ids].float()
+            logits = kept * config.temperature
+        return logits.log_softmax(-1)
+
+    def lean_branch(self, branch: Branch, depth: int) -> Branch:
+        """A retrieved branch below a node at this depth, its probabilities adjusted for the noise: a token competes with the rest,
+        whose best has Gumbel noise too, 0.577 on average."""
+        tokens, parents, scores = branch
+        if not self.config.temperature:
+            return branch
+        depths, leaning = [], []
+        for token, parent, score in zip(tokens, parents, scores):
+            depths.append(depths[parent] + 1 if parent >= 0 else depth)
+            p = min(math.exp(score - (scores[parent] if parent >= 0 else 0.0)), 1 - 1e-9)
+            odds = math.log(p / (1 - p)) + self.config.temperature * (float(self.noise(depths[-1])[token]) - 0.5772)
+            leaning.append((leaning[parent] if parent >= 0 else 0.0) - math.log1p(math.exp(-odds)))
+        return tokens, parents, leaning
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Keskar et al. (arXiv 1909.05858), section 4.1, in the form that transformers made usual: seen is bool, as logits."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def truncate(logits: Tensor, config: GraftConfig) -> Tensor:
+    """-inf where top-k, then top-p, then min-p leave a token out: logits [n, V], divided by the temperature. Of tokens that tie
+    with the last one kept, all stay, so that the result does not depend on a sort."""
+    if config.top_k:
+        last = logits.topk(min(config.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < last, -math.inf)
+    if config.top_p < 1:
+        whole, best = logits.logsumexp(-1, keepdim=True), logits.topk(min(256, logits.shape[-1]), dim=-1).values
+        if (best - whole).exp().sum(-1).min() < config.top_p:                          # a flat distribution: sort all of it
+            best = logits.sort(dim=-1, descending=True).values
+        mass = (best - whole).exp().cumsum(-1)
+        last = best.gather(-1, (mass < config.top_p).sum(-1, keepdim=True).clamp_max(best.shape[-1] - 1))
+        logits = logits.masked_fill(logits < last, -math.inf)
+    if config.min_p:
+        logits = logits.masked_fill(logits < logits.max(-1, keepdim=True).values + math.log(config.min_p), -math.inf)
+    return logits
+
+
 # ------------------------------------------------------------------------------------------------------------ drafter
 
 class EagleDrafter:
-    """Grows a tree from an EAGLE-3 head. Any object with `taps`, `observe`, `expand` and `rewind` can stand in its place."""
+    """Grows a tree from an EAGLE-3 head. Any object with `taps`, `rewind`, `observe` and `expand` can stand in its place: see
+    `variants/`."""
 
     def __init__(self, head: Eagle3):
-        self.head, self.taps = head, head.taps
+        self.head, self.taps = head, head.taps            # taps: the target's layers whose outputs `observe` is given
         self.cache: KVCache = head.new_cache(0)
+        self.ids = head.to_target(torch.arange(head.config.draft_vocab_size, device=head.d2t.device))
 
-    def rewind(self, length: int) -> None:
-        """Forget all but the first `length` positions."""
-        self.cache.length = min(self.cache.length, length)
+    def rewind(self, length: int) -> int:
+        """Forget all but the first `length` tokens of the text, or fewer; returns how many are still known."""
+        self.cache.length = max(0, min(self.cache.length, length - 1))                 # row i also holds token i + 1
+        return self.cache.length
 
     def observe(self, features: Tensor, tokens: Tensor) -> None:
-        """Read newly committed positions: the target's features [1, m, 3H] and, for each, the token after it [1, m]."""
-        count = tokens.shape[1]
-        start = self.cache.length
+        """Read m newly committed positions: tokens [1, m + 1], those and the next root; features [1, m, 3H] of the target."""
+        count, start = tokens.shape[1] - 1, self.cache.length
         self.cache.reserve(_roomy(start + count + 1))
         positions = torch.arange(start, start + count, device=tokens.device)[None]
-        logits, hidden = self.head(tokens, self.head.fc(features), positions, self.cache)
+        logits, hidden = self.head(tokens[:, 1:], self.head.fc(features), positions, self.cache)
         self.cache.commit(list(range(count)))
         self.logits, self.hidden = logits[:, -1], hidden[:, -1:]
 
-    def expand(self, root: int, depth: int, top_k: int) -> Iterator[Tree]:
+    def expand(self, root: int, depth: int, top_k: int, sampler: Sampler) -> Iterator[Tree]:
         """Yield the tree after expansion step 0 (the root's children), 1, ... `depth`; whoever stops asking stops drafting."""
         tree, length = Tree.rooted(root), self.cache.length
         self.cache.reserve(_roomy(length + depth * top_k))
         try:
-            logprobs, tokens = self._children(self.logits, top_k)
-            frontier = tree.expand([0], tokens, logprobs)
+            frontier = tree.expand([0], *self._children(self.logits, top_k, 0, sampler))
             hidden = self.hidden.expand(1, len(frontier), -1)                     # children share their parent's feature
             seen = torch.zeros(len(frontier), 0, dtype=torch.bool, device=hidden.device)   # [frontier, draft rows so far]
             yield tree
@@ -175,8 +276,7 @@ class EagleDrafter:
                 ids = torch.tensor([[tree.tokens[node] for node in frontier]], device=seen.device)
                 logits, out = self.head(ids, hidden, positions, self.cache, torch.cat((committed, seen), dim=1))
                 self.cache.commit(list(range(len(frontier))))
-                logprobs, tokens = self._children(logits[0], top_k)
-                grown = tree.best(tree.expand(frontier, tokens, logprobs), top_k)
+                grown = tree.best(tree.expand(frontier, *self._children(logits[0], top_k, step, sampler)), top_k)
                 row = {node: i for i, node in enumerate(frontier)}
                 above = torch.tensor([row[tree.parents[node]] for node in grown], device=seen.device)
                 frontier, hidden, seen = grown, out[:, above], seen[above]
@@ -184,10 +284,10 @@ class EagleDrafter:
         finally:
             self.cache.length = length                                             # guesses are not kept
 
-    def _children(self, logits: Tensor, top_k: int) -> tuple[list[list[float]], list[list[int]]]:
-        """Log-probabilities and target ids of the top_k tokens for each row of logits [rows, draft V]."""
-        values, ids = logits.float().log_softmax(-1).topk(min(top_k, logits.shape[-1]), dim=-1)
-        return values.tolist(), self.head.to_target(ids).tolist()
+    def _children(self, logits: Tensor, top_k: int, depth: int, sampler: Sampler) -> tuple[list[list[int]], list[list[float]]]:
+        """Target ids and log-probabilities of the top_k tokens for each row of logits [rows, draft V]."""
+        values, ids = sampler.lean(logits, depth, self.ids).topk(min(top_k, logits.shape[-1]), dim=-1)
+        return self.ids[ids].tolist(), values.tolist()
 
 
 def _roomy(rows: int) -> int:
@@ -213,110 +313,142 @@ class State:
         shared = 0
         while shared < min(len(self.tokens), len(prompt) - 1) and self.tokens[shared] == prompt[shared]:
             shared += 1
-        if self.drafter and shared < len(prompt):
-            shared = max(0, min(shared - 1, self.drafter.cache.length))    # its row i also holds token i + 1
-            self.drafter.rewind(shared)
+        if self.drafter:
+            shared = self.drafter.rewind(shared)
         self.cache.length, self.tokens = shared, self.tokens[:shared]
 
 
-@torch.inference_mode()
+class Sequence:
+    """One text on its way: prompt, settings, state, and what came of them so far. Raises ValueError on an empty prompt, one
+    longer than the context or of another vocabulary, or a method that needs a draft head there is not."""
+
+    def __init__(self, model: Model, prompt: list[int], config: GraftConfig, state: State | None = None,
+                 stopped: Callable[[list[int]], bool] | None = None):
+        vocab, self.limit = model.config.vocab_size, model.config.max_position_embeddings
+        self.prompt, self.config, self.method, self.stopped = prompt, config, METHODS[config.method], stopped
+        self.state = state or State(model)
+        self.drafter = self.state.drafter if self.method.draft else None
+        if not prompt:
+            raise ValueError("the prompt is empty; expected at least one token")
+        if len(prompt) >= self.limit:
+            raise ValueError(f"the prompt has {len(prompt)} tokens; the model's context holds {self.limit}, so at most {self.limit - 1} are accepted")
+        if not all(0 <= token < vocab for token in prompt):
+            raise ValueError(f"the prompt holds a token id outside the model's vocabulary of {vocab}: tokenizer of another model?")
+        if self.method.draft and self.drafter is None:
+            raise ValueError(f"method '{config.method}' needs a draft head; give one, or use ar or retrieve")
+        self.eos = set(model.config.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids)
+        self.sampler = Sampler(config, vocab, model.device)
+        self.stats, self.output = Stats(prompt_tokens=len(prompt)), []
+
+    @property
+    def root(self) -> int:
+        return self.output[-1]
+
+    @property
+    def room(self) -> int:
+        """How deep a guess below the root can still count."""
+        return min(self.config.max_new_tokens, self.limit - len(self.prompt)) - len(self.output) - 1
+
+    @property
+    def priced(self) -> bool:
+        return self.method.prune and bool(self.config.verify_cost)
+
+    def commit(self, tree: Tree | None, path: list[int], token: int) -> Round:
+        """Add the accepted nodes and the target's own token; cut where plain decoding would have stopped, and say why."""
+        tokens = [tree.tokens[node] for node in path[1:]] + [token]
+        sources = [tree.sources[node] for node in path[1:]] + [TARGET]
+        for i, token in enumerate(tokens):
+            self.output.append(token)
+            self.stats.finish = ("eos" if token in self.eos else "stop" if self.stopped and self.stopped(self.output) else
+                                 "length" if len(self.output) == self.config.max_new_tokens else
+                                 "context" if len(self.prompt) + len(self.output) >= self.limit else "")
+            if self.stats.finish:
+                tokens, sources = tokens[:i + 1], sources[:i + 1]
+                break
+        self.sampler.read(tokens)
+        self.stats.tokens += len(tokens)
+        self.stats.rounds += tree is not None
+        self.stats.accepted.update(sources)
+        return Round(tokens, sources, tree, path, self.stats)
+
+
 def generate(model: Model, prompt: list[int], config: GraftConfig = GraftConfig(), *, state: State | None = None,
              stopped: Callable[[list[int]], bool] | None = None) -> Iterator[Round]:
     """Continue `prompt`; yield one Round after prefill and one for each round of verification.
 
     state: carries the draft head (`State(model, EagleDrafter(head))`), caches and stores. stopped: asked after every token
     with all new tokens so far, for stop strings. The output ends behind the first eos token, where `stopped` says so, at
-    max_new_tokens, or where the context is full: exactly where plain decoding would end.
-    Raises ValueError on an empty prompt, one longer than the context, or a method that needs a head there is not.
+    max_new_tokens, or where the context is full: exactly where plain decoding would end. Raises what `Sequence` does.
     """
-    method, limit = METHODS[config.method], model.config.max_position_embeddings
-    state = state or State(model)
-    drafter = state.drafter if method.draft else None
-    _check(model, prompt, config, state, limit)
-    eos = set(model.config.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids)
-    stats, output = Stats(prompt_tokens=len(prompt)), []
-
-    def commit(tokens: list[int]) -> list[int]:
-        """Cut where plain decoding would have stopped, and say why in stats.finish."""
-        for i, token in enumerate(tokens):
-            output.append(token)
-            stats.finish = ("eos" if token in eos else "stop" if stopped and stopped(output) else
-                            "length" if len(output) == config.max_new_tokens else
-                            "context" if len(prompt) + len(output) >= limit else "")
-            if stats.finish:
-                tokens = tokens[:i + 1]
-                break
-        stats.tokens += len(tokens)
-        return tokens
-
-    with stats.clock("prefill"):
-        root = prefill(model, prompt, config, state, drafter)
-    tokens = commit([root])
-    stats.accepted[TARGET] += 1
-    yield Round(tokens, [TARGET], None, [], stats)
-    while not stats.finish:
-        room = min(config.max_new_tokens - len(output), limit - len(prompt) - len(output)) - 1   # no use in deeper guesses
-        tree = draft_and_prune(root, config, method, state, drafter, stats)
-        branches = retrieve(tree, config, method, state, stats)
-        tree = graft(tree, branches, config, method, room, stats)
-        path, picks, logits, features = verify(model, tree, config, state, drafter, stats)
-        accepted = commit([tree.tokens[node] for node in path[1:]] + [picks[path[-1]]])
-        update(tree, path, picks, logits, features, method, state, drafter, stats)
-        root = picks[path[-1]]
-        sources = ([tree.sources[node] for node in path[1:]] + [TARGET])[:len(accepted)]
-        stats.rounds += 1
-        stats.accepted.update(sources)
-        yield Round(accepted, sources, tree, path, stats)
+    for _, step in run_rounds(model, [Sequence(model, prompt, config, state, stopped)]):
+        yield step
 
 
-def choose(logits: Tensor, depths: list[int], position: int, config: GraftConfig) -> list[int]:
-    """The target's token after each node: logits [n, V], for text position `position` + depth. Greedy, or a sample by the
-    Gumbel-max trick whose noise depends on (seed, position) alone: plain and speculative decoding pick the same tokens."""
-    if not config.temperature:
-        return logits.max(-1).indices.tolist()   # in bfloat16 four times as fast as argmax
-    noise = {}
-    for depth in set(depths):   # on the CPU, so that a seed means the same on every device
-        generator = torch.Generator().manual_seed(config.seed * 2**23 + position + depth)
-        exponential = torch.empty(logits.shape[-1], dtype=torch.float64).exponential_(generator=generator)
-        noise[depth] = -exponential.log().to(logits.device)
-    return (logits.double() / config.temperature + torch.stack([noise[depth] for depth in depths])).argmax(-1).tolist()
+def generate_batch(model: Model, prompts: list[list[int]], config: GraftConfig = GraftConfig(), *,
+                   states: list[State] | None = None) -> Iterator[tuple[int, Round]]:
+    """Continue several prompts side by side; yields (which prompt, its Round). Each has its own tree, caches and stores and gets
+    the text it would get alone; one forward of the target verifies all trees, and a sequence that has ended is in none."""
+    states = states or [State(model) for _ in prompts]
+    return run_rounds(model, [Sequence(model, prompt, config, state) for prompt, state in zip(prompts, states, strict=True)])
 
 
-def prefill(model: Model, prompt: list[int], config: GraftConfig, state: State, drafter: EagleDrafter | None) -> int:
-    """Read the prompt in chunks, as far as it is not cached; return the target's first token, which becomes the root."""
-    state.rewind(prompt)
-    state.cache.reserve(_roomy(len(prompt) + 1))
-    state.ngrams.append([-1, *prompt])
-    ids = torch.tensor(prompt, device=model.device)
-    start = len(state.tokens)
-    while start < len(prompt):
-        end = min(start + config.prefill_chunk, len(prompt))
-        positions = torch.arange(start, end, device=model.device)[None]
-        logits, features = model(ids[None, start:end], positions, state.cache, taps=drafter.taps if drafter else (), last_only=True)
-        state.cache.commit(list(range(end - start)))
-        root = choose(logits[0], [0], end, config)[0]
-        if drafter:
-            following = prompt[start + 1:end] + [prompt[end] if end < len(prompt) else root]
-            drafter.observe(features, torch.tensor([following], device=model.device))
-        start = end
-    state.tokens = list(prompt)
-    state.ngrams.append([root])
-    return root
+@torch.inference_mode()
+def run_rounds(model: Model, sequences: list[Sequence], verify: Callable | None = None) -> Iterator[tuple[int, Round]]:
+    """The loop. A variant may pass its own `verify`."""
+    verify = verify or globals()["verify"]
+    for i, sequence in enumerate(sequences):
+        yield i, prefill(model, sequence)
+    while running := [i for i, sequence in enumerate(sequences) if not sequence.stats.finish]:
+        trees = []
+        for sequence in (sequences[i] for i in running):
+            tree = draft_and_prune(sequence)
+            branches = retrieve(sequence, tree)
+            trees.append(graft(sequence, tree, branches))
+        verified = verify(model, [sequences[i] for i in running], trees)
+        for i, tree, (path, picks, logits, features) in zip(running, trees, verified):
+            step = sequences[i].commit(tree, path, picks[path[-1]])
+            update(sequences[i], tree, path, picks, logits, features)
+            yield i, step
 
 
-def draft_and_prune(root: int, config: GraftConfig, method: Method, state: State, drafter: EagleDrafter | None, stats: Stats) -> Tree:
+def prefill(model: Model, sequence: Sequence) -> Round:
+    """Read the prompt in chunks, as far as it is not cached; the target's first token becomes the root."""
+    prompt, state, drafter, sampler = sequence.prompt, sequence.state, sequence.drafter, sequence.sampler
+    with sequence.stats.clock("prefill"):
+        state.rewind(prompt)
+        state.cache.reserve(_roomy(len(prompt) + 1))
+        state.ngrams.append([-1, *prompt])
+        sampler.read(prompt)
+        ids = torch.tensor(prompt, device=model.device)
+        start = len(state.tokens)
+        while start < len(prompt):
+            end = min(start + sequence.config.prefill_chunk, len(prompt))
+            positions = torch.arange(start, end, device=model.device)[None]
+            logits, features = model(ids[None, start:end], positions, state.cache, taps=drafter.taps if drafter else (), last_only=True)
+            state.cache.commit(list(range(end - start)))
+            following = prompt[end] if end < len(prompt) else sampler.pick(logits[0], Tree.rooted(prompt[-1]))[0]
+            if drafter:
+                drafter.observe(features, torch.tensor([prompt[start:end] + [following]], device=model.device))
+            start = end
+        state.tokens = list(prompt)
+        state.ngrams.append([following])
+    return sequence.commit(None, [], following)
+
+
+def draft_and_prune(sequence: Sequence) -> Tree:
     """Steps 1 and 2. Draft step by step; where confidence c_d = exp(max S_d) falls below tau_d, stop and keep that stage's share.
     Where the n-gram index is sure of what follows, do not draft beyond the root's children (ours)."""
+    config, method, stats = sequence.config, sequence.method, sequence.stats
     with stats.clock("draft"):
-        if not drafter:
-            return Tree.rooted(root)
+        if not sequence.drafter:
+            return Tree.rooted(sequence.root)
         share, stage = UNPRUNED if method.retrieve and not method.prune else 1.0, "full"
         depth, seen = config.depth, 1
         if method.prune and method.retrieve and config.ngrams and config.sure < 1:
-            _, _, scores = state.ngrams.propose(1)
+            _, _, scores = sequence.state.ngrams.propose(1)
             if scores and math.exp(scores[0]) >= config.sure:
                 depth, stage = 0, "sure"
-        for step, tree in enumerate(drafter.expand(root, depth, config.top_k)):
+        for step, tree in enumerate(sequence.drafter.expand(sequence.root, depth, config.draft_top_k, sequence.sampler)):
             newest, seen = tree.scores[seen:], len(tree)
             if method.prune and step in config.checkpoints:
                 which = config.checkpoints.index(step)
@@ -327,10 +459,11 @@ def draft_and_prune(root: int, config: GraftConfig, method: Method, state: State
         return tree.top(max(1, round(share * config.budget)))
 
 
-def retrieve(tree: Tree, config: GraftConfig, method: Method, state: State, stats: Stats) -> list:
+def retrieve(sequence: Sequence, tree: Tree) -> list[tuple[int, str, Branch]]:
     """Step 3. Branches from the n-gram index and the adjacency matrix, from the root and from the likeliest draft nodes."""
-    with stats.clock("retrieve"):
-        free = config.budget if priced(config, method) else config.budget + 1 - len(tree)
+    config, state, method = sequence.config, sequence.state, sequence.method
+    with sequence.stats.clock("retrieve"):
+        free = config.budget if sequence.priced else config.budget + 1 - len(tree)
         if not method.retrieve or free < 1:
             return []
         nodes = {"all": range(1, len(tree)), "leaves": [i for i in tree.leaves() if i], "root": ()}[method.anchors]
@@ -345,65 +478,61 @@ def retrieve(tree: Tree, config: GraftConfig, method: Method, state: State, stat
         if config.adjacency:
             found = state.adjacency.propose([tree.tokens[node] for node in anchors], free)
             branches += [(node, ADJACENCY, branch) for node, branch in zip(anchors, found)]
+        branches = [(node, source, sequence.sampler.lean_branch(branch, tree.depths[node])) for node, source, branch in branches]
         # Where the head has proposed other tokens, it is less likely that a retrieved one is right.
         expanded, doubt = set(tree.parents), {NGRAM: math.log(config.trust[0]), ADJACENCY: math.log(config.trust[1])}
         return [(node, source, (tokens, parents, [score + doubt[source] for score in scores] if node in expanded else scores))
                 for node, source, (tokens, parents, scores) in branches]
 
 
-def priced(config: GraftConfig, method: Method) -> bool:
-    return method.prune and bool(config.verify_cost)
-
-
-def graft(tree: Tree, branches: list, config: GraftConfig, method: Method, room: int, stats: Stats) -> Tree:
-    """Step 4. Merge what was retrieved into the freed slots; `room` is how many tokens may still follow the root. Where prices
-    are known, drafted and retrieved nodes compete, and only those likely enough to pay are kept (ours)."""
+def graft(sequence: Sequence, tree: Tree, branches: list[tuple[int, str, Branch]]) -> Tree:
+    """Step 4. Merge what was retrieved into the freed slots. Where prices are known, drafted and retrieved nodes compete, and
+    only those likely enough to pay are kept (ours)."""
+    config, stats = sequence.config, sequence.stats
     with stats.clock("graft"):
-        stats.merged += tree.graft(branches, len(tree) - 1 + config.budget if priced(config, method) else config.budget)
-        tree = tree.within(max(room, 0))
-        if priced(config, method):
+        stats.merged += tree.graft(branches, len(tree) - 1 + config.budget if sequence.priced else config.budget)
+        tree = tree.within(max(sequence.room, 0))
+        if sequence.priced:
             tree = tree.worth(config.verify_cost)
         stats.nodes.update(tree.sources[1:])
         return tree
 
 
-def verify(model: Model, tree: Tree, config: GraftConfig, state: State, drafter: EagleDrafter | None, stats: Stats):
-    """Step 5. One target forward over root and nodes, then the acceptance walk.
+def verify(model: Model, sequences: list[Sequence], trees: list[Tree]) -> list[tuple[list[int], list[int], Tensor, Tensor | None]]:
+    """Step 5. One target forward over the roots and nodes of all sequences, then each one's acceptance walk.
 
-    Returns the accepted nodes, the target's token after each node [n], logits [n, V] and features [1, n, 3H]."""
-    with stats.clock("verify"):
-        device, length = model.device, state.cache.length
-        state.cache.reserve(_roomy(length + len(tree)))
-        tokens = torch.tensor([tree.tokens], device=device)
-        mask = tree.mask(length, device) if len(tree) > 1 else None
-        logits, features = model(tokens, tree.positions(length, device)[None], state.cache, mask,
-                                 taps=drafter.taps if drafter else ())
-        picks = choose(logits[0], tree.depths, length + 1, config)
-        return tree.accept(picks), picks, logits[0], features
+    Returns, for each, the accepted nodes, the target's token after each node [n], logits [n, V] and features [1, n, 3H]."""
+    begin, device, sizes = time.perf_counter(), model.device, [len(tree) for tree in trees]
+    caches = [sequence.state.cache for sequence in sequences]
+    for cache, size in zip(caches, sizes):
+        cache.reserve(_roomy(cache.length + size))
+    tokens = torch.tensor([[token for tree in trees for token in tree.tokens]], device=device)
+    positions = torch.cat([tree.positions(cache.length, device) for tree, cache in zip(trees, caches)])[None]
+    masks = [tree.mask(cache.length, device) if len(tree) > 1 else None for tree, cache in zip(trees, caches)]
+    cache, mask = (caches[0], masks[0]) if len(trees) == 1 else (PackedCache(caches, sizes), masks)
+    taps = sequences[0].drafter.taps if sequences[0].drafter else ()
+    logits, features = model(tokens, positions, cache, mask, taps=taps)
+    features = features.split(sizes, dim=1) if taps else [None] * len(trees)
+    verified = []
+    for sequence, tree, own, feature in zip(sequences, trees, logits[0].split(sizes), features):
+        picks = sequence.sampler.pick(own, tree)
+        verified.append((tree.accept(picks), picks, own, feature))
+    for sequence in sequences:
+        sequence.stats.seconds["verify"] += (time.perf_counter() - begin) / len(sequences)
+    return verified
 
 
-def update(tree: Tree, path: list[int], picks: list[int], logits: Tensor, features: Tensor | None, method: Method,
-           state: State, drafter: EagleDrafter | None, stats: Stats) -> None:
-    """Step 6. Keep the accepted path's rows, teach both stores, and let the head read what was committed."""
-    with stats.clock("update"):
-        following = [tree.tokens[node] for node in path[1:]] + [picks[path[-1]]]
+def update(sequence: Sequence, tree: Tree, path: list[int], picks: list[int], logits: Tensor, features: Tensor | None) -> None:
+    """Step 6. Keep the accepted path's rows, teach both stores, and let the drafter read what was committed."""
+    state = sequence.state
+    read = [tree.tokens[node] for node in path]
+    with sequence.stats.clock("update"):
         state.cache.commit(path)
-        state.tokens += [tree.tokens[node] for node in path]
-        state.ngrams.append(following)
-        if method.retrieve:
+        state.tokens += read
+        state.ngrams.append(read[1:] + [picks[path[-1]]])
+        if sequence.method.retrieve:
             state.adjacency.update(torch.tensor(tree.tokens, device=logits.device), logits)
-    if drafter:
-        with stats.clock("draft"):
-            drafter.observe(features[:, path], torch.tensor([following], device=logits.device))
-
-
-def _check(model: Model, prompt: list[int], config: GraftConfig, state: State, limit: int) -> None:
-    if not prompt:
-        raise ValueError("the prompt is empty; expected at least one token")
-    if len(prompt) >= limit:
-        raise ValueError(f"the prompt has {len(prompt)} tokens; the model's context holds {limit}, so at most {limit - 1} are accepted")
-    vocab = model.config.vocab_size
-    if not all(0 <= token < vocab for token in prompt):
-        raise ValueError(f"the prompt holds a token id outside the model's vocabulary of {vocab}: tokenizer of another model?")
-    if METHODS[config.method].draft and state.drafter is None:
-        raise ValueError(f"method '{config.method}' needs a draft head; give one, or use ar or retrieve")
+    if sequence.drafter:
+        with sequence.stats.clock("draft"):
+            features = features[:, path] if features is not None else None
+            sequence.drafter.observe(features, torch.tensor([read + [picks[path[-1]]]], device=logits.device))

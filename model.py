@@ -232,6 +232,21 @@ class KVCache:
         self.length += len(rows)
 
 
+class PackedCache:
+    """The caches of several texts behind one forward: their tokens stand in one row, text after text, and share every matrix
+    product; each attends to its own cache, under its own mask. `commit` is the single caches' business."""
+
+    def __init__(self, caches: list[KVCache], sizes: list[int]):
+        self.caches, self.sizes = caches, sizes                                    # sizes: tokens of each in the row
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, masks: list[Tensor | None]) -> Tensor:
+        _, k, n, d = keys.shape
+        parts = (x.split(self.sizes, dim=-2) for x in (queries.view(1, k, -1, n, d), keys, values))
+        out = [cache.attend(layer, own.flatten(2, 3), key, value, mask).view(1, k, own.shape[2], -1, d)
+               for cache, mask, own, key, value in zip(self.caches, masks, *parts)]
+        return torch.cat(out, dim=3).flatten(2, 3)
+
+
 # ------------------------------------------------------------------------------------------------------------- layers
 
 class Linear(nn.Module):
@@ -356,12 +371,14 @@ class _Decoder(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)[:, :, None]
         return (angles.cos() * self.rope_factor).to(dtype), (angles.sin() * self.rope_factor).to(dtype)
 
-    def group(self, mask: Tensor | None, n: int, length: int, dtype: torch.dtype) -> Tensor | None:
+    def group(self, mask: Tensor | list | None, n: int, cache: KVCache | PackedCache, dtype: torch.dtype) -> Tensor | list | None:
         """A mask [n, m] or [b, n, m] (True = attend; None = causal) as attention reads it: [b, 1, g*n, m], made once a forward."""
+        if isinstance(cache, PackedCache):
+            return [self.group(own, size, part, dtype) for own, size, part in zip(mask, cache.sizes, cache.caches)]
         if mask is None:
             if n == 1:
                 return None
-            device = self.inverse.device
+            device, length = self.inverse.device, cache.length
             mask = torch.arange(length + n, device=device) <= torch.arange(length, length + n, device=device)[:, None]
         if mask.dim() == 2:
             mask = mask[None]
@@ -401,13 +418,14 @@ class Model(_Decoder):
                 taps: tuple[int, ...] = (), last_only: bool = False) -> tuple[Tensor, Tensor | None]:
         """Run n new tokens behind the committed rows of `cache`; the caller then commits those that stay.
 
-        tokens, positions: [b, n] int64. mask: bool [n, m] or [b, n, m] with m = cache.length + n, True = attend; None = causal.
+        tokens, positions: [b, n] int64. mask: bool [n, m] or [b, n, m] with m = cache.length + n, True = attend; None = causal; a
+        list of such masks with a PackedCache.
         taps: layers whose outputs to return (-1 = the embeddings), for a draft head. last_only: logits of the last token alone.
         Returns logits [b, n or 1, V] and features [b, n, len(taps) * H], or None without taps.
         """
         x = self.embed_tokens(tokens)                                              # [b, n, H]
         rotary = self.rotary(positions, x.dtype)
-        mask = self.group(mask, tokens.shape[1], cache.length, x.dtype)
+        mask = self.group(mask, tokens.shape[1], cache, x.dtype)
         tapped = {-1: x} if taps else {}
         for layer in self.layers:
             x = layer(x, rotary, mask, cache)
@@ -450,7 +468,7 @@ class Eagle3(_Decoder):
         """One draft step. tokens, positions [b, n]; hidden [b, n, H] is `fc(target features)` or this method's own second
         result; mask as in Model.forward. Returns logits over the draft vocabulary [b, n, draft V] and hidden [b, n, H]."""
         x = torch.cat((self.input_layernorm(self.embed_tokens(tokens)), self.hidden_norm(hidden)), dim=-1)  # [b, n, 2H]
-        mask = self.group(mask, tokens.shape[1], cache.length, x.dtype)
+        mask = self.group(mask, tokens.shape[1], cache, x.dtype)
         hidden = hidden + self.self_attn(x, self.rotary(positions, x.dtype), mask, cache, 0)
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return self.lm_head(self.norm(hidden)), hidden

@@ -29,7 +29,7 @@ DEMO_HEAD = Path(__file__).resolve().parent / "assets" / "smollm2-135m-eagle3"
 DEMO_STORE = DEMO_HEAD.parent / "smollm2-135m-store.safetensors"   # tools/warm_store.py
 CALIBRATION = DEMO_HEAD.parent / "calibration"                     # tools/calibrate.py
 CPU_BUDGET, GPU_BUDGET = 15, 60      # nodes below the root where nothing was calibrated; a CPU pays for each, a large GPU hardly
-PAPER = dict(budget=60, depth=7, top_k=10, verify_cost=())         # EAGLE-3's defaults, on which the paper builds
+PAPER = dict(budget=60, depth=7, draft_top_k=10, verify_cost=())   # EAGLE-3's defaults, on which the paper builds
 ABLATIONS = {                        # what bench runs besides the methods: the method, and what it changes
     "eagle_60": ("eagle", PAPER),
     "graft_60": ("graft", PAPER | {name: getattr(GraftConfig, name) for name in ("checkpoints", "thresholds", "retained", "trust")}),

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import run
 import train_eagle3  # in tools/, which run.py puts on the path
-from graft import METHODS, EagleDrafter, GraftConfig, State, choose, generate
+from graft import METHODS, EagleDrafter, GraftConfig, Sampler, State, generate, generate_batch
 from model import CheckpointError, Eagle3, Model, ModelConfig, load_eagle3, load_model
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, template
 from tree import ADJACENCY, DRAFT, NGRAM, TARGET, Tree
@@ -233,9 +233,10 @@ def test_the_head_is_a_plain_eagle3_and_scores_are_cumulative(layout, tmp_path):
     features = full_forward(MODEL, prompt, taps=head.taps)[1]
     drafter = EagleDrafter(head)
     with torch.inference_mode():
-        drafter.observe(features[:, :4], torch.tensor([prompt[1:5]]))
-        drafter.observe(features[:, 4:], torch.tensor([prompt[5:] + [6]]))
-        for tree in drafter.expand(6, depth=3, top_k=4):
+        drafter.observe(features[:, :4], torch.tensor([prompt[:5]]))
+        drafter.observe(features[:, 4:], torch.tensor([prompt[4:] + [6]]))
+        sampler = Sampler(GraftConfig(), VOCAB, "cpu")
+        for tree in drafter.expand(6, 3, 4, sampler):
             pass
         assert drafter.cache.length == len(prompt) and max(tree.depths) == 4 and len(tree) == 1 + 4 + 3 * 16
         to_draft = {i + int(offset): i for i, offset in enumerate(head.d2t)}
@@ -245,7 +246,7 @@ def test_the_head_is_a_plain_eagle3_and_scores_are_cumulative(layout, tmp_path):
             logprobs = plain_eagle(w, head.config, w["embed_tokens.weight"], list(features[0]), prompt[1:] + [6], guesses[:-1])
             score = sum(float(row[to_draft[token]]) for row, token in zip(logprobs, guesses))
             assert abs(score - tree.scores[leaf]) < 1e-5     # log-probabilities are taken in float32
-        next(drafter.expand(6, 3, 4))                        # abandoned after the root's children
+        next(drafter.expand(6, 3, 4, sampler))                        # abandoned after the root's children
         assert drafter.cache.length == len(prompt)
 
 
@@ -452,15 +453,15 @@ class Scripted:
 
     def __init__(self, propose):
         self.propose, self.length = propose, 0
-        self.cache = type("Cache", (), {"length": 10**9})()
 
     def rewind(self, length):
         self.length = length
+        return length
 
     def observe(self, features, tokens):
-        self.length += tokens.shape[1]
+        self.length += tokens.shape[1] - 1
 
-    def expand(self, root, depth, top_k):
+    def expand(self, root, depth, top_k, sampler):
         tree = Tree.rooted(root)
         for path, score in self.propose(self.length, depth, top_k):
             node = 0
@@ -493,7 +494,7 @@ def test_every_method_is_plain_decoding(method, seed, prompt, budget, depth, top
     expected = plain_greedy(model, prompt, new, eos, stopped)
     thresholds = data.draw(st.sampled_from([(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.1, 0.05, 0.01)]))
     cost = data.draw(st.sampled_from([(), tuple(0.02 * n for n in range(budget + 1))]))
-    config = GraftConfig(method=method, max_new_tokens=new, budget=budget, depth=depth, top_k=top_k, thresholds=thresholds, verify_cost=cost,
+    config = GraftConfig(method=method, max_new_tokens=new, budget=budget, depth=depth, draft_top_k=top_k, thresholds=thresholds, verify_cost=cost,
                          sure=data.draw(st.sampled_from([1.0, 0.3, 0.0])), trust=data.draw(st.sampled_from([(1.0, 1.0), (0.5, 0.1)])),
                          eos_token_ids=eos, prefill_chunk=data.draw(st.integers(1, 12)))
     state = State(model, EagleDrafter(tiny_head(model)), AdjacencyMatrix(VOCAB, 4), NGramIndex())
@@ -548,23 +549,115 @@ def test_a_conversation_prefills_only_what_is_new_and_says_the_same():
     assert collect(MODEL, [7, 1], config, state=state)[0] == plain_greedy(MODEL, [7, 1], 9)[0]
 
 
-def test_sampling_is_plain_sampling_and_has_the_right_distribution():
-    for seed in range(3):
-        runs = {tuple(collect(MODEL, [1, 2], GraftConfig(method=m, max_new_tokens=20, temperature=0.9, seed=seed, eos_token_ids=()),
-                              state=State(MODEL, EagleDrafter(HEAD)))[0]) for m in METHODS}
-        assert len(runs) == 1
-    logits, draws = torch.tensor([[0.0, 1.0, 2.0, -1.0]]), 4000
-    counts = torch.zeros(4)
-    for position in range(draws):
-        counts[choose(logits, [0], position, GraftConfig(temperature=0.7))[0]] += 1
-    expected = (logits[0] / 0.7).softmax(0) * draws
-    assert ((counts - expected) ** 2 / expected).sum() < 21.1        # chi-square, 3 degrees: one false alarm in 10,000 (and a fixed seed)
+def plain_sampling(model: Model, prompt: list[int], new: int, config: GraftConfig) -> list[int]:
+    """Recomputes everything for every token, with transformers' processors and noise made here."""
+    transformers = pytest.importorskip("transformers")
+    processors = [transformers.RepetitionPenaltyLogitsProcessor(config.repetition_penalty)] if config.repetition_penalty != 1 else []
+    if config.temperature:
+        processors += [transformers.TemperatureLogitsWarper(config.temperature)] if config.temperature != 1 else []
+        processors += [transformers.TopKLogitsWarper(config.top_k)] if config.top_k else []
+        processors += [transformers.TopPLogitsWarper(config.top_p)] if config.top_p < 1 else []
+        processors += [transformers.MinPLogitsWarper(config.min_p)] if config.min_p else []
+    text = list(prompt)
+    while len(text) < len(prompt) + new:
+        scores = full_forward(model, text)[0][:, -1]
+        for processor in processors:
+            scores = processor(torch.tensor([text]), scores)
+        if config.temperature:
+            generator = torch.Generator().manual_seed(config.seed * 2**23 + len(text))
+            scores = scores - torch.empty(VOCAB, dtype=torch.float64).exponential_(generator=generator).log()
+        text.append(int(scores.argmax()))
+    return text[len(prompt):]
+
+
+SETTINGS = st.fixed_dictionaries(dict(
+    temperature=st.sampled_from([0.0, 0.5, 1.0, 1.7]), top_k=st.sampled_from([0, 1, 5, 99]), top_p=st.sampled_from([1.0, 0.9, 0.5, 0.01]),
+    min_p=st.sampled_from([0.0, 0.05, 1.0]), repetition_penalty=st.sampled_from([1.0, 1.3, 0.8]), seed=st.integers(0, 99)))
+
+
+@given(st.sampled_from(list(METHODS)), SETTINGS, tokens_of(1, 6), st.sampled_from([(), tuple(0.01 * n for n in range(9))]))
+def test_every_method_samples_what_plain_sampling_samples(method, fields, prompt, cost):
+    config = GraftConfig(method=method, max_new_tokens=18, budget=8, draft_top_k=4, verify_cost=cost, eos_token_ids=(), **fields)
+    expected = plain_sampling(MODEL, prompt, 18, config)
+    state = State(MODEL, EagleDrafter(HEAD))
+    for _ in range(2):                                                                  # cold, then warm stores
+        assert collect(MODEL, prompt, config, state=state)[0] == expected
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(top_k=4), dict(top_p=0.8), dict(min_p=0.1), dict(repetition_penalty=2.0)])
+def test_samples_have_the_exact_distribution(fields):
+    """Chi-square against probabilities computed by hand; the bound gives one false alarm in 10,000 (and the seed is fixed)."""
+    logits, temperature, draws = [0.0, 1.0, 2.0, -1.0, 1.5, 0.5], 0.7, 4000
+    if "repetition_penalty" in fields:
+        logits = [0.0, 1.0 / 2, 2.0, -1.0 * 2, 1.5, 0.5]                                # the text is made of tokens 1 and 3
+    weights = [math.exp(x / temperature) for x in logits]
+    order = sorted(range(6), key=lambda i: -weights[i])
+    if "top_k" in fields:
+        kept = order[:4]
+    elif "top_p" in fields:
+        kept = [i for rank, i in enumerate(order) if sum(weights[j] for j in order[:rank]) < 0.8 * sum(weights)]
+    else:
+        kept = [i for i in order if weights[i] >= fields.get("min_p", 0) * max(weights)]
+    counts, sampler = torch.zeros(6), Sampler(GraftConfig(temperature=temperature, **fields), 6, "cpu")
+    for turn in range(draws):
+        sampler.read([1 + 2 * (turn % 2)] if turn < 2 else [3])
+        if turn >= 2:
+            counts[sampler.pick(torch.tensor([[0.0, 1.0, 2.0, -1.0, 1.5, 0.5]]), Tree.rooted(0))[0]] += 1
+    expected = torch.tensor([weights[i] if i in kept else 0.0 for i in range(6)])
+    expected *= (draws - 2) / expected.sum()
+    assert counts[expected == 0].sum() == 0 and (expected > 0).sum() == len(kept)
+    bound = {1: 15.1, 2: 18.4, 3: 21.1, 4: 23.5, 5: 25.7}[len(kept) - 1]
+    assert ((counts - expected) ** 2 / expected)[expected > 0].sum() < bound
+
+
+@given(st.integers(0, 99), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 5))
+def test_a_guesser_with_the_targets_logits_knows_the_pick(seed, temperature, depth):
+    sampler = Sampler(GraftConfig(temperature=temperature, seed=seed, top_p=0.9), VOCAB, "cpu")
+    sampler.read([1, 2, 3])
+    tree, logits = Tree.rooted(0), torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(seed))
+    for _ in range(depth):
+        tree.add(0, len(tree) - 1, 0.0, DRAFT)
+    leaning = sampler.lean(logits, depth, torch.arange(VOCAB))
+    assert int(leaning.argmax()) == sampler.pick(logits.repeat(depth + 1, 1), tree)[depth]
+    assert abs(float(leaning.exp().sum()) - 1) < 1e-5
+    favoured = int(sampler.noise(depth).argmax())
+    branch = ([favoured, 3], [-1, 0], [math.log(0.4), math.log(0.1)])
+    tokens, parents, scores = sampler.lean_branch(branch, depth)
+    assert tokens is branch[0] and 0 >= scores[0] >= scores[1] and (scores[0] > branch[2][0]) == (temperature > 0)
+
+
+@settings(max_examples=25)
+@given(st.sampled_from(list(METHODS)), st.lists(tokens_of(1, 9), min_size=1, max_size=4), st.sampled_from([0.0, 0.8]), st.data())
+def test_a_batch_is_each_prompt_alone(method, prompts, temperature, data):
+    """Prompts of different lengths, ending at different times: by eos, at the context's end or at the limit."""
+    model = tiny(3, context=data.draw(st.sampled_from([64, 14])))
+    config = GraftConfig(method=method, max_new_tokens=12, budget=7, draft_top_k=3, temperature=temperature, eos_token_ids=(2, 5, 9))
+    new_state = lambda: State(model, EagleDrafter(tiny_head(model)))
+    alone = [collect(model, prompt, config, state=new_state()) for prompt in prompts]
+    texts, ended, rows = [[] for _ in prompts], set(), 0
+    for i, step in generate_batch(model, prompts, config, states=[new_state() for _ in prompts]):
+        assert i not in ended
+        texts[i] += step.tokens
+        if step.stats.finish:
+            ended.add(i)
+            assert (step.stats.finish, step.stats.rounds) == (alone[i][1].finish, alone[i][1].rounds)
+    assert texts == [tokens for tokens, _ in alone]
+
+
+def test_a_sequence_that_has_ended_is_in_no_forward(monkeypatch):
+    widths, whole = [], Model.forward
+    monkeypatch.setattr(Model, "forward", lambda self, tokens, *args, **kwargs: widths.append(tokens.shape[1]) or whole(self, tokens, *args, **kwargs))
+    free = [plain_greedy(MODEL, prompt, 9)[0] for prompt in ([1, 2], [3])]
+    widths.clear()
+    short = next(i for i in range(9) if free[0][i] not in free[1])
+    list(generate_batch(MODEL, [[1, 2], [3]], GraftConfig(method="ar", max_new_tokens=9, eos_token_ids=(free[0][short],))))
+    assert widths == [2, 1] + [2] * short + [1] * (8 - short)
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("fields", [dict(method="magic"), dict(budget=0), dict(max_new_tokens=0), dict(depth=-1), dict(top_k=1.5),
-                                    dict(thresholds=(2, 0, 0)), dict(checkpoints=(5, 1, 0)), dict(retained=(1,)), dict(temperature=-1),
+                                    dict(thresholds=(2, 0, 0)), dict(checkpoints=(5, 1, 0)), dict(retained=(1,)), dict(temperature=-1), dict(top_p=0), dict(min_p=2), dict(top_k=-1), dict(repetition_penalty=0),
                                     dict(verify_cost=(0.0, 1.0)), dict(trust=(0.5, 0)), dict(sure=2)])
 def test_a_bad_config_names_its_field(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):

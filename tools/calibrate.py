@@ -39,7 +39,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import run  # noqa: E402
-from graft import METHODS, GraftConfig, Stats, draft_and_prune, graft, retrieve  # noqa: E402
+from graft import GraftConfig, Sampler, Sequence, Stats, draft_and_prune, graft, retrieve  # noqa: E402
 from model import Model  # noqa: E402
 from train_eagle3 import TEXT, read_text  # noqa: E402
 from tree import ADJACENCY, DRAFT, NGRAM, Tree  # noqa: E402
@@ -83,14 +83,14 @@ def measure(setup: run.Setup, length: int, repeats: int) -> tuple[list[float], f
     if state.drafter:
         drafter = state.drafter
         features = torch.randn(1, 3, 3 * model.config.hidden_size, device=model.device).to(model.dtype)
-        following = torch.tensor([[5, 6, 7]], device=model.device)
-        drafter.observe(features.expand(1, -1, -1).repeat(1, length // 3, 1), following.repeat(1, length // 3))
+        tokens, sampler = torch.tensor([[5, 6, 7, 8]], device=model.device), Sampler(GraftConfig(), model.config.vocab_size, model.device)
+        drafter.observe(features.repeat(1, length // 3, 1), tokens[:, :1].repeat(1, length // 3 * 3 + 1))
 
         def observe():
-            drafter.rewind(length)
-            drafter.observe(features, following)
+            drafter.rewind(length + 1)
+            drafter.observe(features, tokens)
 
-        calls |= {"observe": observe, "expand": lambda: list(drafter.expand(7, 4, TOP_K))}
+        calls |= {"observe": observe, "expand": lambda: list(drafter.expand(7, 4, TOP_K, sampler))}
     times = median_ms(calls, repeats)
     t, known = [], sorted(grid)
     for n in range(WIDEST + 1):
@@ -119,7 +119,7 @@ class Replay:
     def __init__(self, trees: list[Tree]):
         self.trees = trees
 
-    def expand(self, root, depth, top_k):
+    def expand(self, root, depth, top_k, sampler):
         yield from self.trees[:depth + 1]
 
 
@@ -129,10 +129,10 @@ def record(setup: run.Setup, prompts: list[list[int]], new: int, trust: tuple[fl
 
     A position holds, by step s, confidence[s] and, for the methods `graft` and `prune`, the nodes likeliest first as
     (probability, was the text's, source); for `retrieve` one such list. `paper` holds its fixed stages' trees."""
-    wide = GraftConfig(method="graft", trust=trust, budget=32, verify_cost=(0.0,) * 33, depth=DEPTH, top_k=TOP_K,
+    wide = GraftConfig(method="graft", trust=trust, budget=32, verify_cost=(0.0,) * 33, depth=DEPTH, draft_top_k=TOP_K,
                        checkpoints=(), thresholds=(), retained=())
-    paper = GraftConfig(method="graft", budget=60, depth=DEPTH, top_k=TOP_K)
-    texts = []
+    paper = GraftConfig(method="graft", budget=60, depth=DEPTH, draft_top_k=TOP_K)
+    texts, sampler = [], Sampler(GraftConfig(), setup.model.config.vocab_size, setup.model.device)
     for which, prompt in enumerate(prompts):
         state, drafter = setup.state(), setup.state().drafter
         text, features, rows = list(prompt), [], []
@@ -158,23 +158,23 @@ def record(setup: run.Setup, prompts: list[list[int]], new: int, trust: tuple[fl
                 state.adjacency.rows[torch.tensor(tokens)] = found
             trees = []
             if drafter:
-                following = torch.tensor([text[1:i + 1] if i == len(prompt) else [root]], device=setup.model.device)
-                drafter.observe(features[i - len(prompt)], following)
-                trees = [tree.select(range(len(tree))) for tree in drafter.expand(root, DEPTH, TOP_K)]
+                read = torch.tensor([text[:i + 1] if i == len(prompt) else [text[i - 1], root]], device=setup.model.device)
+                drafter.observe(features[i - len(prompt)], read)
+                trees = [tree.select(range(len(tree))) for tree in drafter.expand(root, DEPTH, TOP_K, sampler)]
             if not future:
                 continue
             confidence = [math.exp(max(tree.scores[len(trees[s - 1]) if s else 1:])) for s, tree in enumerate(trees)]
             _, _, scores = state.ngrams.propose(1)
             entry = {"confidence": confidence, "sure": math.exp(scores[0]) if scores else 0.0, "left": len(future), "graft": [], "prune": []}
+            built = lambda method, config: build(setup.model, root, replace(config, method=method), trees, state, len(future))
             for s in range(len(trees)):
                 for method in ("graft", "prune"):
-                    entry[method].append(nodes_of(build(root, method, replace(wide, depth=s), trees, state, len(future), Stats()), future))
-            entry["retrieve"] = nodes_of(build(root, "retrieve", wide, trees, state, len(future), Stats()), future)
+                    entry[method].append(nodes_of(built(method, replace(wide, depth=s))[0], future))
+            entry["retrieve"] = nodes_of(built("retrieve", wide)[0], future)
             if trees:
-                stats = Stats()
-                nodes = nodes_of(build(root, "graft", paper, trees, state, len(future), stats), future)
+                tree, stats = built("graft", paper)
                 stage = next(iter(stats.stages))
-                entry["paper"] = (DEPTH if stage == "full" else int(stage), nodes)
+                entry["paper"] = (DEPTH if stage == "full" else int(stage), nodes_of(tree, future))
             rounds.append(entry)
         texts.append(rounds)
         print(f"\r{which + 1}/{len(prompts)} texts replayed", end="", file=sys.stderr, flush=True)
@@ -182,12 +182,13 @@ def record(setup: run.Setup, prompts: list[list[int]], new: int, trust: tuple[fl
     return texts
 
 
-def build(root: int, name: str, config: GraftConfig, trees: list[Tree], state, room: int, stats: Stats) -> Tree:
+def build(model: Model, root: int, config: GraftConfig, trees: list[Tree], state, room: int) -> tuple[Tree, Stats]:
     """The tree that a round of this method would have verified; where all prices are 0, before they cut it."""
-    method = METHODS[name]
-    tree = draft_and_prune(root, config, method, state, Replay(trees) if method.draft else None, stats)
-    branches = retrieve(tree, config, method, state, stats)
-    return graft(tree, branches, config, method, room, stats)
+    state.drafter = Replay(trees)
+    sequence = Sequence(model, [root], replace(config, max_new_tokens=room + 2), state)
+    sequence.output.append(root)
+    tree = draft_and_prune(sequence)
+    return graft(sequence, tree, retrieve(sequence, tree)), sequence.stats
 
 
 def nodes_of(tree: Tree, future: list[int]) -> list[tuple]:
@@ -238,7 +239,7 @@ class Scorer:
                 best, n = gain - rate * (self.t[i] - self.t[0]) / 1000, i
         return n
 
-    def priced(self, method: str, taus: list[float], depth: int, rate: float, sure: float = 2.0) -> dict:
+    def walk_priced(self, method: str, taus: list[float], depth: int, rate: float, sure: float = 2.0) -> dict:
         def decide(position):
             if method == "retrieve":
                 return -1, position["retrieve"], self.cut(position["retrieve"], rate)
@@ -252,27 +253,27 @@ def choose(score: Scorer, method: str) -> dict:
     """Thresholds, depth and rate for a method that prunes, by coordinate search. The best rate for prices lies below the rate
     reached, because the estimates are of the target's distribution and its greedy choice is surer than that (`reliability`)."""
     taus, depth, rate, sure = [0.3] * DEPTH, 0 if method == "retrieve" else 4, 60.0, 1.0
-    value = lambda: score.priced(method, taus, depth, rate, sure)["tokens_per_second"]
+    value = lambda: score.walk_priced(method, taus, depth, rate, sure)["tokens_per_second"]
     for sweep in range(4):
         reached, before = value(), (list(taus), depth, rate, sure)
         rate = max((round(reached * factor, 3) for factor in (0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2)),
-                   key=lambda r: score.priced(method, taus, depth, r, sure)["tokens_per_second"])
+                   key=lambda r: score.walk_priced(method, taus, depth, r, sure)["tokens_per_second"])
         if method == "retrieve":
             continue
-        depth = max(range(DEPTH + 1), key=lambda d: score.priced(method, taus, d, rate, sure)["tokens_per_second"])
+        depth = max(range(DEPTH + 1), key=lambda d: score.walk_priced(method, taus, d, rate, sure)["tokens_per_second"])
         for step in range(depth):
             scores = {}
             for tau in (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7):
-                scores[tau] = score.priced(method, [*taus[:step], tau, *taus[step + 1:]], depth, rate, sure)["tokens_per_second"]
+                scores[tau] = score.walk_priced(method, [*taus[:step], tau, *taus[step + 1:]], depth, rate, sure)["tokens_per_second"]
             taus[step] = max(scores, key=scores.get)
         if method == "graft":
-            sure = max((1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), key=lambda s: score.priced(method, taus, depth, rate, s)["tokens_per_second"])
+            sure = max((1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), key=lambda s: score.walk_priced(method, taus, depth, rate, s)["tokens_per_second"])
         if before == (list(taus), depth, rate, sure):
             break
-    result = score.priced(method, taus, depth, rate, sure)
+    result = score.walk_priced(method, taus, depth, rate, sure)
     budget = 32
     cost = [round(rate * ms / 1000, 4) for ms in score.t[:budget + 1]]
-    return {"config": {"budget": budget, "sure": sure, "top_k": TOP_K, "depth": depth, "checkpoints": list(range(depth)), "thresholds": taus[:depth],
+    return {"config": {"budget": budget, "sure": sure, "draft_top_k": TOP_K, "depth": depth, "checkpoints": list(range(depth)), "thresholds": taus[:depth],
                       "retained": [1.0] * depth, "verify_cost": cost}, "predicted": result}
 
 
@@ -307,7 +308,7 @@ def main() -> None:
     begin = time.perf_counter()
     trust = (1.0, 1.0)
     if setup.head:        # how much less often a retrieved node is right than it claims, where the head proposed other tokens
-        by_source = reliability(record(setup, prompts[::4], args.new_tokens))
+        by_source = reliability(record(setup, prompts[::2], args.new_tokens))
         rows = {source: list(by_source.get(source, {}).values()) for source in (NGRAM, ADJACENCY)}
         ratio = lambda found: sum(r * n for _, r, n in found) / sum(c * n for c, _, n in found) if found else 1.0
         trust = tuple(round(min(1.0, max(0.02, ratio(found))), 3) for found in rows.values())
@@ -325,7 +326,7 @@ def main() -> None:
         fixed = {(depth, n): score.walk(lambda position: (depth, position["prune"][depth], n))
                  for depth in range(DEPTH + 1) for n in (3, 4, 5, 6, 7, 9, 11, 13, 15, 19, 23, 31)}
         depth, n = max(fixed, key=lambda key: fixed[key]["tokens_per_second"])
-        methods["eagle"] = {"config": {"budget": n, "top_k": TOP_K, "depth": depth}, "predicted": fixed[depth, n]}
+        methods["eagle"] = {"config": {"budget": n, "draft_top_k": TOP_K, "depth": depth}, "predicted": fixed[depth, n]}
         methods["paper"] = {"predicted": score.walk(lambda position: (*position["paper"], 60))}
     for name, entry in methods.items():
         entry["predicted"]["speedup"] = entry["predicted"]["tokens_per_second"] / plain["tokens_per_second"]

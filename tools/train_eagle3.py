@@ -2,10 +2,10 @@
 
     python tools/train_eagle3.py generate --tokens 4000000      # resumable: finished shards are kept and counted
 
-The target samples a user turn from the open user slot of its chat template (half of them after a short opener that names a
+The target samples a user turn from the open user slot of its chat template (seven in ten after a short opener that names a
 kind of task), the template's own tokens close it, and the target answers, greedily or at a temperature. Kept are the tokens
 and the outputs of four layers: the three that an EAGLE-3 head reads, and the last, from which the target's distribution
-follows. Nothing here reads a benchmark prompt. (Training itself is not written yet.)
+follows. Nothing here reads a benchmark prompt.
 """
 
 import argparse
@@ -27,15 +27,23 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from demo_model import cache_folder, demo_model  # noqa: E402
 from model import Eagle3, KVCache, Model, fetch_checkpoint, load_eagle3, load_model  # noqa: E402
 
-OPENERS = [
-    "Translate the following sentence into English:\n", "Translate this text from German to English:\n", "Translate into French: ",
-    "Summarize the following article:\n\n", "Summarize this text in three sentences:\n\n", "Give a short summary of the story below.\n\n",
+SHORT = [                                                                          # how a user's turn may begin
     "Write a Python function ", "Complete this Python function:\n\ndef ", "Implement in Python: ", "Fix the bug in this code:\n\n",
-    "Solve this problem step by step: ", "Calculate ", "A farmer ", "If a train ", "Tom has ", "Find the value of ",
-    "Answer the question from the context.\n\nContext: ", "Read the following passage and answer the question.\n\n", "Question: ",
-    "Who ", "When did ", "What is the ", "Where ", "Why ", "How do I ", "Explain ", "List ", "Write an email ", "Write a story ",
-    "Describe ", "Compare ", "Imagine that you are ", "Can you ", "I need help with ", "Give me some advice on ", "Edit the following text:\n\n",
+    "Write a program that ", "def ", "Solve this problem step by step: ", "Calculate ", "A farmer ", "If a train ", "Tom has ", "Find the value of ",
+    "A store ", "How many ", "Question: ", "Who ", "When did ", "What is the ", "Where ", "Why ", "How do I ", "Explain ", "List ",
+    "Write an email ", "Write a story ", "Describe ", "Compare ", "Imagine that you are ", "Can you ", "I need help with ", "Give me some advice on ",
+    "Edit the following text:\n\n", "Translate into French: ", "Translate into German: ", "Translate to Spanish: ",
 ]
+LONG = [                                                                           # ... where a longer text follows
+    "Summarize the following article:\n\n", "Summarize this text in three sentences:\n\n", "Give a short summary of the story below.\n\n",
+    "Summarize: ", "What are the main points of this report?\n\n", "Answer the question from the context.\n\nContext: ",
+    "Read the following passage and answer the question.\n\n", "Here are some documents. Use them to answer the question.\n\nDocument 1: ",
+    "Reference texts:\n\n", "Background:\n", "Find the mistakes in this essay:\n\n",
+]
+FOREIGN = {"German": "Der Die Das Wir Ich Es Am Nach", "French": "Le La Les Nous Il En", "Spanish": "El La Los En Una", "Italian": "Il La In"}
+TRANSLATE = [form.format(language) + start for language, starts in FOREIGN.items() for start in starts.split() for form in
+             ("Translate the following {} sentence into English:\n", "Translate {} to English: ", "Translate this {} text: ", "What does this mean in English? ")]
+KINDS = (([""], (40, 60, 80, 100), 3), (SHORT, (40, 60, 80, 100), 3), (LONG, (100, 200, 300), 2), (TRANSLATE, (30, 60, 90), 2))
 
 
 class RingCache(KVCache):
@@ -55,11 +63,12 @@ class Row:
     """One conversation being written: forced tokens first, then the user's turn, the template's closing, the answer."""
 
     def __init__(self, rng, encode, prefix, greedy_share):
-        opener = encode(rng.choice(OPENERS).rstrip(" ")) if rng.random() < 0.5 else []
+        openers, lengths, _ = rng.choices(KINDS, [share for *_, share in KINDS])[0]
+        opener = encode(rng.choice(openers).rstrip(" "))
         self.tokens, self.forced, self.answer_from = [], prefix + opener, None
-        self.user_temperature = rng.choice((0.8, 0.9, 1.0, 1.0))
+        self.user_temperature = rng.choice((0.7, 0.8, 0.9, 1.0))
         self.answer_temperature = 0.0 if rng.random() < greedy_share else 0.7
-        self.prompt_limit = len(prefix) + len(opener) + rng.choice((40, 60, 80, 100))
+        self.prompt_limit = len(prefix) + len(opener) + rng.choice(lengths)
 
 
 def looping(tokens: list[int]) -> bool:
@@ -447,7 +456,7 @@ def main() -> None:
     make = commands.add_parser("generate", help="let the target write prompts and answers")
     make.add_argument("--tokens", type=int, default=4_000_000)
     make.add_argument("--batch", type=int, default=256)
-    make.add_argument("--length", type=int, default=320, help="longest conversation, in tokens")
+    make.add_argument("--length", type=int, default=512, help="longest conversation, in tokens")
     make.add_argument("--answer-length", type=int, default=200)
     make.add_argument("--greedy-share", type=float, default=0.8, help="share of the answers decoded greedily; the rest at temperature 0.7")
     make.add_argument("--shard-tokens", type=int, default=100_000)
