@@ -6,6 +6,7 @@
 """
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -13,14 +14,15 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parent / "tools"))
+sys.path += [str(Path(__file__).resolve().parent / folder) for folder in ("tools", "variants")]
 from demo_model import demo_model  # noqa: E402
-from graft import METHODS, EagleDrafter, GraftConfig, State, Stats, generate  # noqa: E402
+from graft import METHODS, EagleDrafter, GraftConfig, Sequence, State, Stats, run_rounds  # noqa: E402
 from model import Model, fetch_checkpoint, load_eagle3, load_model  # noqa: E402
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores  # noqa: E402
 from tree import Tree  # noqa: E402
@@ -37,6 +39,8 @@ ABLATIONS = {                        # what bench runs besides the methods: the 
     "graft_no_adjacency": ("graft", dict(adjacency=False)),
     "graft_no_ngrams": ("graft", dict(ngrams=False)),
 }
+VARIANTS = {}                        # methods of the neighbours, each with its file in variants/
+EVERY = [*METHODS, *ABLATIONS, *VARIANTS]
 NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}   # gap of two float32 logits that rounding in this dtype can close
 
 
@@ -152,13 +156,22 @@ def stop_check(text: Text, stops: list[str]):
 # ------------------------------------------------------------------------------------------------------------- set-up
 
 @dataclass
+class Plan:
+    """How a method runs: its settings, what drafts for it (a fresh one for each text), and its own `verify` if it has one."""
+
+    config: GraftConfig
+    new_drafter: Callable = lambda: None
+    verify: Callable | None = None
+
+
+@dataclass
 class Setup:
     """A loaded target with all that a command needs to generate."""
 
     model: Model
     head: object
     text: Text
-    config: GraftConfig       # of the method asked for
+    method: str               # the one asked for
     base: GraftConfig         # before calibration
     chat: bool
     system: str | None
@@ -167,14 +180,23 @@ class Setup:
     store: Path | None        # --store: read if it is there, written at the end
     warm: Path | None         # the demo model's own start
 
-    def state(self) -> State:
+    def state(self, plan: Plan | None = None) -> State:
         ngrams = NGramIndex()
         adjacency = AdjacencyMatrix(self.model.config.vocab_size, device=self.model.device)
         ngrams.append(self.corpus)
         start = self.store if self.store and self.store.exists() else self.warm
         if start:
             load_stores(start, adjacency, ngrams)
-        return State(self.model, EagleDrafter(self.head) if self.head else None, adjacency, ngrams)
+        return State(self.model, (plan or self.plan("graft" if self.head else "retrieve")).new_drafter(), adjacency, ngrams)
+
+    def plan(self, method: str) -> Plan:
+        """Of a method, an ablation or a variant. A variant's file has `prepare(setup, method)`, which returns a Plan's fields."""
+        if method in VARIANTS:
+            return Plan(*importlib.import_module(VARIANTS[method]).prepare(self, method))
+        config = self.configure(method)
+        if METHODS[config.method].draft and not self.head:
+            raise ValueError(f"method '{method}' needs a draft head; give --draft")
+        return Plan(config, lambda: EagleDrafter(self.head) if self.head else None)
 
     def configure(self, method: str) -> GraftConfig:
         """The configuration of a method or an ablation, with what was calibrated for this device."""
@@ -226,7 +248,8 @@ def set_up(args) -> Setup:
     if args.system is not None and not chat:
         raise ValueError("--system needs a chat template; leave it out with --no-chat")
     corpus = text.encode(read_text(args.corpus, "--corpus")) + [-1] if args.corpus else []
-    config = GraftConfig(method=method, max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed,
+    config = GraftConfig(max_new_tokens=args.max_new_tokens, seed=args.seed, temperature=args.temperature, top_k=args.top_k,
+                         top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty,
                          budget=args.budget or (CPU_BUDGET if device.type == "cpu" else GPU_BUDGET))
     path = CALIBRATION / f"smollm2-135m-instruct-{device.type}-{str(dtype).removeprefix('torch.')}.json" if not args.model else None
     path = Path(args.calibration) if args.calibration else path
@@ -235,8 +258,7 @@ def set_up(args) -> Setup:
         prices = fields.get("verify_cost", ())[:args.budget + 1]
         fields |= {"budget": args.budget, "verify_cost": prices if len(prices) == args.budget + 1 else ()}
     warm = DEMO_STORE if not args.model and not args.cold and DEMO_STORE.exists() else None
-    setup = Setup(model, head, text, config, config, chat, args.system, corpus, tuned, Path(args.store) if args.store else None, warm)
-    return replace(setup, config=setup.configure(method))
+    return Setup(model, head, text, method, config, chat, args.system, corpus, tuned, Path(args.store) if args.store else None, warm)
 
 
 def read_calibration(path: Path) -> dict:
@@ -298,14 +320,14 @@ def draw_tree(tree: Tree, path: list[int], text: Text, colour: bool) -> str:
 
 # ----------------------------------------------------------------------------------------------------------- commands
 
-def answer(setup: Setup, ids: list[int], state: State, args, show=None) -> tuple[list[int], str, Stats, float]:
+def answer(setup: Setup, plan: Plan, ids: list[int], state: State, args, show=None) -> tuple[list[int], str, Stats, float]:
     """Generate, stream the text to `show`, and return tokens, text, statistics and seconds. Ctrl-C keeps what is there."""
     stream, output, stats = Stream(setup.text, args.stop), [], Stats()
     start = time.perf_counter()
     text = ""
     try:
-        rounds = generate(setup.model, ids, setup.config, state=state, stopped=stop_check(setup.text, args.stop))
-        for number, step in enumerate(rounds):
+        sequence = Sequence(setup.model, ids, plan.config, state, stop_check(setup.text, args.stop))
+        for number, (_, step) in enumerate(run_rounds(setup.model, [sequence], plan.verify)):
             stats, output = step.stats, output + step.tokens
             if args.show_tree and show:
                 if step.tree:
@@ -324,10 +346,10 @@ def answer(setup: Setup, ids: list[int], state: State, args, show=None) -> tuple
     return output, text, stats, time.perf_counter() - start
 
 
-def summary(setup: Setup, stats: Stats, seconds: float) -> str:
+def summary(setup: Setup, method: str, stats: Stats, seconds: float) -> str:
     model = setup.model
     return (f"{stats.tokens} tokens in {seconds:.2f} s, {stats.tokens / seconds:.1f} tokens/s, {stats.mean_accepted:.2f} tokens a round "
-            f"({setup.config.method}, {str(model.dtype).removeprefix('torch.')}, {model.device.type})")
+            f"({method}, {str(model.dtype).removeprefix('torch.')}, {model.device.type})")
 
 
 def command_generate(args) -> int:
@@ -338,20 +360,21 @@ def command_generate(args) -> int:
     prompt = check_text(args.prompt if args.prompt is not None else read_text(args.file, "--file"))
     setup = set_up(args)
     ids = setup.ids([{"role": "user", "content": prompt}])
-    state = setup.state()
+    plan = setup.plan(setup.method)
+    state = setup.state(plan)
     show = None if args.json else lambda piece: print(piece, end="", flush=True)
-    output, text, stats, seconds = answer(setup, ids, state, args, show)
+    output, text, stats, seconds = answer(setup, plan, ids, state, args, show)
     if setup.store:
         save_stores(setup.store, state.adjacency, state.ngrams)
     if args.json:
-        report = {"text": text, "tokens": output, "seconds": seconds, "config": asdict(setup.config),
+        report = {"text": text, "tokens": output, "seconds": seconds, "config": asdict(plan.config),
                   "statistics": vars(stats) | {"mean_accepted": stats.mean_accepted}}
     else:
         print("\n\n" + text if args.show_tree else "")
-    line = summary(setup, stats, seconds)
+    line = summary(setup, setup.method, stats, seconds)
     if args.compare and stats.finish != "interrupted":
-        plain = replace(setup, config=setup.configure("ar"))
-        expected, _, _, slow = answer(plain, ids, plain.state(), args)
+        plain = setup.plan("ar")
+        expected, _, _, slow = answer(setup, plain, ids, setup.state(plain), args)
         ratio, same = stats.tokens / seconds / (len(expected) / slow), expected == output
         line += f"; {ratio:.2f}x plain decoding, output {'identical' if same else 'differs (rounding: see README)'}"
         if args.json:
@@ -367,7 +390,8 @@ def command_chat(args) -> int:
     setup = set_up(args)
     if not setup.chat:
         raise ValueError("chat needs a checkpoint with a chat template")
-    state, messages = setup.state(), []
+    plan = setup.plan(setup.method)
+    state, messages = setup.state(plan), []
     if not args.quiet:
         say("An empty line or Ctrl-D ends the conversation; /reset starts a new one.")
     while True:
@@ -383,7 +407,7 @@ def command_chat(args) -> int:
         messages.append({"role": "user", "content": check_text(line)})
         try:
             ids = setup.ids(messages)
-            _, text, stats, seconds = answer(setup, ids, state, args, lambda piece: print(piece, end="", flush=True))
+            _, text, stats, seconds = answer(setup, plan, ids, state, args, lambda piece: print(piece, end="", flush=True))
         except ValueError as error:
             say(f"error: {error}")
             messages.pop()
@@ -391,7 +415,7 @@ def command_chat(args) -> int:
         messages.append({"role": "assistant", "content": text})
         print("\n\n" + text if args.show_tree else "")
         if not args.quiet:
-            say(summary(setup, stats, seconds))
+            say(summary(setup, setup.method, stats, seconds))
     if setup.store:
         save_stores(setup.store, state.adjacency, state.ngrams)
     return 0
@@ -424,7 +448,7 @@ def environment(setup: Setup) -> dict:
     device = setup.model.device
     return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, "kind": device.type,
             "dtype": str(setup.model.dtype).removeprefix("torch."), "torch": torch.__version__, "threads": torch.get_num_threads(),
-            "python": platform.python_version(), "seed": setup.config.seed}
+            "python": platform.python_version(), "seed": setup.base.seed}
 
 
 def total(runs: list[dict], plain: list[dict] | None) -> dict:
@@ -472,24 +496,22 @@ def finished(partial: Path, key: str) -> list[dict]:
 def command_bench(args) -> int:
     methods = args.methods.split(",")
     for name in methods:
-        if name not in METHODS and name not in ABLATIONS:
-            raise ValueError(f"--methods names {name!r}; expected some of {','.join([*METHODS, *ABLATIONS])}")
+        if name not in EVERY:
+            raise ValueError(f"--methods names {name!r}; expected some of {','.join(EVERY)}")
     prompts = read_prompts(args.prompts, args.limit_per_task)
     if args.json:
         with open(args.json, "a"):      # find out before the hour's work whether it can be written
             pass
     setup = set_up(args)
-    needy = [name for name in methods if METHODS[setup.configure(name).method].draft and not setup.head]
-    if needy:
-        raise ValueError(f"--methods names {needy[0]!r}, which needs a draft head; give --draft")
     if "ar" not in methods:
         methods = ["ar", *methods]
     encoded = [setup.ids([{"role": "user", "content": p["text"]}]) for p in prompts]
     runs: dict[str, list[dict]] = {name: [] for name in methods}
     outputs: dict[str, list[list[int]]] = {name: [] for name in methods}
-    configs = {name: setup.configure(name) for name in methods}
+    plans = {name: setup.plan(name) for name in methods}
+    configs = {name: plan.config for name, plan in plans.items()}
     for name in methods:                # once each, uncounted: threads start, memory is touched
-        answer(replace(setup, config=replace(configs[name], max_new_tokens=8)), encoded[0], setup.state(), args)
+        answer(setup, replace(plans[name], config=replace(configs[name], max_new_tokens=8)), encoded[0], setup.state(plans[name]), args)
     partial = Path(f"{args.json}.partial") if args.json else None       # finished prompts, so that an interrupted run goes on
     key = json.dumps([environment(setup), {name: asdict(config) for name, config in configs.items()}, [p["id"] for p in prompts]])
     done = finished(partial, key) if partial else []
@@ -498,7 +520,7 @@ def command_bench(args) -> int:
         found = done[number] if number < len(done) else {}
         for turn in range(len(methods) if not found else 0):  # the order turns, so that no method always runs first
             name = methods[(turn + number) % len(methods)]
-            output, _, stats, seconds = answer(replace(setup, config=configs[name]), ids, setup.state(), args)
+            output, _, stats, seconds = answer(setup, plans[name], ids, setup.state(plans[name]), args)
             if stats.finish == "interrupted":
                 say("\ninterrupted" + (": the same command continues" if partial else ""))
                 return 130
@@ -561,11 +583,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--compare", action="store_true", help="also run plain decoding and report the speedup")
     if command == "bench":
         add("--prompts", required=True, help="JSON lines with id, task and turns (the first turn is used)")
-        add("--methods", default="ar,retrieve", help=f"some of {','.join([*METHODS, *ABLATIONS])}")
+        add("--methods", default="ar,retrieve", help=f"some of {','.join(EVERY)}")
         add("--limit-per-task", type=int, help="at most this many prompts a task")
         add("--json", metavar="OUT", help="write the result here")
     else:
-        add("--method", choices=list(METHODS), help="default: graft with a draft head, else retrieve")
+        add("--method", choices=[*METHODS, *VARIANTS], metavar="METHOD", help=f"one of {', '.join([*METHODS, *VARIANTS])} (default: graft with a draft head, else retrieve)")
         add("--show-tree", action="store_true", help="draw each round's tree")
         add("--quiet", action="store_true", help="no statistics")
     add("--model", help="folder or Hub id (default: the demo model)")
@@ -576,6 +598,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=128 if command == "bench" else 512)
     add("--budget", type=int, help=f"most nodes a tree holds below its root (default: as calibrated, else {CPU_BUDGET} on a CPU, {GPU_BUDGET} on a GPU)")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: from all")
+    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that make up this probability")
+    add("--min-p", type=float, default=0.0, help="sample from tokens with this share of the likeliest one's probability")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: tokens of the text so far become less likely")
     add("--seed", type=int, default=0, help="of sampling: one seed, one text, whatever the method")
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")
     add("--system", help="system message")

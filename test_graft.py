@@ -747,7 +747,7 @@ def test_every_step_is_plain_decoding_on_the_demo_model(demo):
 
 def test_the_demo_model_has_its_head_and_each_method_its_own_settings(demo):
     graft, eagle, paper = demo.configure("graft"), demo.configure("eagle"), demo.configure("graft_60")
-    assert demo.config == graft and graft.method == "graft" and demo.head is not None
+    assert demo.method == graft.method == "graft" and demo.plan("graft").config == graft and demo.head is not None
     assert len(graft.verify_cost) == graft.budget + 1 and not eagle.verify_cost
     assert (paper.budget, paper.retained, paper.verify_cost) == (60, (8 / 60, 24 / 60, 40 / 60), ())
 
