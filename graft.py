@@ -171,20 +171,21 @@ class Sampler:
 
     def pick(self, logits: Tensor, tree: Tree) -> list[int]:
         """The target's token after each node: logits [n, V]."""
+        return self.scores(logits, tree).max(-1).indices.tolist()                      # in bfloat16 four times as fast as argmax
+
+    def scores(self, logits: Tensor, tree: Tree) -> Tensor:
+        """What the pick is the largest of: logits [n, V], penalised, at their temperature, truncated, with noise."""
         config = self.config
-        if not config.temperature and config.repetition_penalty == 1:
-            return logits.max(-1).indices.tolist()                                     # in bfloat16 four times as fast as argmax
-        logits = logits.double()
         if config.repetition_penalty != 1:
             seen = self.seen.repeat(len(tree), 1)                                      # [n, V]: the text, and the node's own path
             on_path = [(node, tree.tokens[i]) for node in range(len(tree)) for i in tree.path(node)]
             if on_path:
                 seen[tuple(torch.tensor(on_path, device=logits.device).T)] = True
-            logits = penalise(logits, seen, config.repetition_penalty)
+            logits = penalise(logits.double(), seen, config.repetition_penalty)
         if config.temperature:
-            logits = truncate(logits / config.temperature, config)
+            logits = truncate(logits.double() / config.temperature, config)
             logits = logits + torch.stack([self.noise(depth) for depth in tree.depths]).to(logits.device)
-        return logits.max(-1).indices.tolist()
+        return logits
 
     def lean(self, logits: Tensor, depth: int, ids: Tensor) -> Tensor:
         """A guesser's log-probabilities that the target picks the tokens `ids` [v] after a node at this depth, given its logits

@@ -3,6 +3,7 @@
     python run.py "Why is the sky blue?"                 answer on the demo model
     python run.py chat                                   a conversation; caches and stores carry over
     python run.py bench --prompts FILE.jsonl --json OUT  methods side by side, prompt by prompt
+    python run.py verify --prompts FILE.jsonl            is a method's output that of plain decoding?
 """
 
 import argparse
@@ -22,7 +23,7 @@ import torch
 
 sys.path += [str(Path(__file__).resolve().parent / folder) for folder in ("tools", "variants")]
 from demo_model import demo_model  # noqa: E402
-from graft import METHODS, EagleDrafter, GraftConfig, Sequence, State, Stats, run_rounds  # noqa: E402
+from graft import METHODS, EagleDrafter, GraftConfig, Sampler, Sequence, State, Stats, run_rounds  # noqa: E402
 from model import Model, fetch_checkpoint, load_eagle3, load_model  # noqa: E402
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores  # noqa: E402
 from tree import Tree  # noqa: E402
@@ -177,6 +178,7 @@ class Setup:
     system: str | None
     corpus: list[int]
     tuned: dict               # by method, what tools/calibrate.py chose for this device
+    folder: Path              # the target's checkpoint
     store: Path | None        # --store: read if it is there, written at the end
     warm: Path | None         # the demo model's own start
 
@@ -204,6 +206,15 @@ class Setup:
         like = "eagle" if METHODS[method].draft and not METHODS[method].prune else "graft" if method.startswith("graft") else method
         tuned = self.tuned.get(like, {})
         return replace(self.base, **{"method": method} | tuned | changes)
+
+    @property
+    def tie(self) -> float:
+        return NEAR_TIE.get(str(self.model.dtype).removeprefix("torch."), 1e-9)
+
+    def exact(self) -> Model:
+        """The target in float32 at least, as the judge of near ties."""
+        good = self.model.dtype in (torch.float32, torch.float64)
+        return self.model if good else load_model(self.folder, dtype=torch.float32, device=self.model.device)
 
     def ids(self, messages: list[dict]) -> list[int]:
         if not self.chat:
@@ -258,7 +269,7 @@ def set_up(args) -> Setup:
         prices = fields.get("verify_cost", ())[:args.budget + 1]
         fields |= {"budget": args.budget, "verify_cost": prices if len(prices) == args.budget + 1 else ()}
     warm = DEMO_STORE if not args.model and not args.cold and DEMO_STORE.exists() else None
-    return Setup(model, head, text, method, config, chat, args.system, corpus, tuned, Path(args.store) if args.store else None, warm)
+    return Setup(model, head, text, method, config, chat, args.system, corpus, tuned, folder, Path(args.store) if args.store else None, warm)
 
 
 def read_calibration(path: Path) -> dict:
@@ -469,20 +480,27 @@ def total(runs: list[dict], plain: list[dict] | None) -> dict:
     return out
 
 
-def first_difference(setup: Setup, exact: Model, ids: list[int], a: list[int], b: list[int]) -> str:
-    """identical, near_tie (a float32 forward over the common prefix has the two tokens within rounding), or different."""
-    if a == b:
-        return "identical"
-    at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
+def divergence(exact: Model, config: GraftConfig, prompt: list[int], plain: list[int], other: list[int], tie: float) -> dict:
+    """How two outputs compare: identical; near_tie, where a float32 forward over the common prefix leaves each of the two tokens
+    within `tie` (in logits) of being the pick; or different."""
+    at = next((i for i, (x, y) in enumerate(zip(plain, other)) if x != y), None)
     if at is None:
-        return "different"
-    prefix = ids + a[:at]
+        return {"kind": "identical" if plain == other else "different", "at": min(len(plain), len(other))}
+    prefix = prompt + plain[:at]
     with torch.inference_mode():
-        tokens = torch.tensor([prefix], device=exact.device)
         positions = torch.arange(len(prefix), device=exact.device)[None]
-        logits, _ = exact(tokens, positions, exact.new_cache(len(prefix)), last_only=True)
-    gap = abs(float(logits[0, -1, a[at]] - logits[0, -1, b[at]]))
-    return "near_tie" if gap <= NEAR_TIE[str(setup.model.dtype).removeprefix("torch.")] else "different"
+        logits = exact(torch.tensor([prefix], device=exact.device), positions, exact.new_cache(len(prefix)), last_only=True)[0][0]
+    scores = {}
+    for name, rules in (("cut", config), ("whole", replace(config, top_k=0, top_p=1.0, min_p=0.0))):
+        sampler = Sampler(rules, exact.config.vocab_size, exact.device)
+        sampler.read(prefix)
+        scores[name] = sampler.scores(logits, Tree.rooted(prefix[-1]))[0].cpu()
+    scale, noise = (config.temperature, sampler.noise(0)) if config.temperature else (1.0, 0.0)
+    edge = (scores["whole"] - noise)[scores["cut"] > -torch.inf].min()               # the least likely token that was not cut off
+    close = lambda token: max(scores["cut"].max() - scores["whole"][token], edge - (scores["whole"] - noise)[token]) * scale <= tie
+    pair = {"plain": plain[at], "other": other[at]}
+    return {"kind": "near_tie" if all(map(close, pair.values())) else "different", "at": at, "tokens": pair,
+            "float32_logits": {name: round(float(logits[0, token]), 4) for name, token in pair.items()}}
 
 
 def finished(partial: Path, key: str) -> list[dict]:
@@ -493,11 +511,55 @@ def finished(partial: Path, key: str) -> list[dict]:
     return [json.loads(line) for line in whole]
 
 
-def command_bench(args) -> int:
-    methods = args.methods.split(",")
-    for name in methods:
+def complete(setup: Setup, plan: Plan, batch: list[list[int]], args) -> list[tuple[list[int], Stats, float]]:
+    """Tokens, statistics and share of the seconds of prompts that are continued side by side."""
+    states, stopped = [setup.state(plan) for _ in batch], stop_check(setup.text, args.stop)
+    begin = time.perf_counter()
+    sequences = [Sequence(setup.model, ids, plan.config, state, stopped) for ids, state in zip(batch, states)]
+    for _ in run_rounds(setup.model, sequences, plan.verify):
+        pass
+    return [(s.output, s.stats, (time.perf_counter() - begin) / len(batch)) for s in sequences]
+
+
+def command_verify(args) -> int:
+    """Compare methods with plain decoding, and plain decoding with itself where the prompt is read in other chunks."""
+    prompts = read_prompts(args.prompts, args.limit_per_task)
+    setup = set_up(args)
+    plain, exact, found = setup.plan("ar"), setup.exact(), {}
+    plans = {"ar, other chunks": replace(plain, config=replace(plain.config, prefill_chunk=61))}
+    plans |= {name: setup.plan(name) for name in known(args.methods or setup.method, "--methods") if name != "ar"}
+    for number, prompt in enumerate(prompts):
+        ids = setup.ids([{"role": "user", "content": prompt["text"]}])
+        expected = complete(setup, plain, [ids], args)[0][0]
+        for name, plan in plans.items():
+            entry = divergence(exact, plain.config, ids, expected, complete(setup, plan, [ids], args)[0][0], setup.tie)
+            found.setdefault(name, []).append({"id": prompt["id"]} | entry)
+            if entry["kind"] != "identical":
+                say(f"\r{prompt['id']}, {name}: {entry['kind']} at token {entry['at']}, {entry.get('tokens', '')} {entry.get('float32_logits', '')}")
+        say(f"\r{number + 1}/{len(prompts)} prompts ", end="")
+    say()
+    counts = {name: {kind: sum(e["kind"] == kind for e in entries) for kind in ("identical", "near_tie", "different")} for name, entries in found.items()}
+    for name, count in counts.items():
+        print(f"{name + ':':20} {count['identical']} identical, {count['near_tie']} near ties, {count['different']} different")
+    if args.json:
+        report = {"command": command_line(), "environment": environment(setup), "near_tie_in_logits": setup.tie, "counts": counts, "found": found}
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 1 if any(count["different"] for count in counts.values()) else 0
+
+
+def known(names: str, flag: str) -> list[str]:
+    for name in names.split(","):
         if name not in EVERY:
-            raise ValueError(f"--methods names {name!r}; expected some of {','.join(EVERY)}")
+            raise ValueError(f"{flag} names {name!r}; expected some of {','.join(EVERY)}")
+    return names.split(",")
+
+
+def command_line() -> str:
+    return "python run.py " + " ".join(a if "/" not in a else Path(a).name for a in sys.argv[1:])
+
+
+def command_bench(args) -> int:
+    methods = known(args.methods or "ar,retrieve", "--methods")
     prompts = read_prompts(args.prompts, args.limit_per_task)
     if args.json:
         with open(args.json, "a"):      # find out before the hour's work whether it can be written
@@ -511,30 +573,32 @@ def command_bench(args) -> int:
     plans = {name: setup.plan(name) for name in methods}
     configs = {name: plan.config for name, plan in plans.items()}
     for name in methods:                # once each, uncounted: threads start, memory is touched
-        answer(setup, replace(plans[name], config=replace(configs[name], max_new_tokens=8)), encoded[0], setup.state(plans[name]), args)
+        complete(setup, replace(plans[name], config=replace(configs[name], max_new_tokens=8)), encoded[:1], args)
     partial = Path(f"{args.json}.partial") if args.json else None       # finished prompts, so that an interrupted run goes on
-    key = json.dumps([environment(setup), {name: asdict(config) for name, config in configs.items()}, [p["id"] for p in prompts]])
+    key = json.dumps([environment(setup), {name: asdict(config) for name, config in configs.items()}, [p["id"] for p in prompts], args.batch_size])
     done = finished(partial, key) if partial else []
-    began = time.perf_counter()
-    for number, (prompt, ids) in enumerate(zip(prompts, encoded)):
-        found = done[number] if number < len(done) else {}
-        for turn in range(len(methods) if not found else 0):  # the order turns, so that no method always runs first
-            name = methods[(turn + number) % len(methods)]
-            output, _, stats, seconds = answer(setup, plans[name], ids, setup.state(plans[name]), args)
-            if stats.finish == "interrupted":
-                say("\ninterrupted" + (": the same command continues" if partial else ""))
-                return 130
-            found[name] = output, {"id": prompt["id"], "task": prompt["task"], "prompt_tokens": len(ids), "tokens": len(output),
-                                   "seconds": seconds, "rounds": stats.rounds, "steps": dict(stats.seconds), "nodes": dict(stats.nodes),
-                                   "accepted": dict(stats.accepted), "stages": dict(stats.stages), "merged": {"nodes": stats.merged}}
-        for name in methods:
-            outputs[name].append(found[name][0])
-            runs[name].append(found[name][1])
-        if partial and number >= len(done):
-            with open(partial, "a", encoding="utf-8") as file:
-                file.write(json.dumps(found) + "\n")
-        passed, fresh = time.perf_counter() - began, max(1, number + 1 - len(done))
-        say(f"\r{number + 1}/{len(prompts)} prompts, {passed:.0f} s, about {passed / fresh * (len(prompts) - number - 1):.0f} s left   ", end="")
+    done = done[:len(done) // args.batch_size * args.batch_size]
+    resumed, began = len(done), time.perf_counter()
+    for number in range(0, len(prompts), args.batch_size):
+        batch = range(number, min(number + args.batch_size, len(prompts)))
+        if number >= len(done):
+            found = [{} for _ in batch]
+            for turn in range(len(methods)):    # the order turns, so that no method always runs first
+                name = methods[(turn + number // args.batch_size) % len(methods)]
+                for one, i, (output, stats, seconds) in zip(found, batch, complete(setup, plans[name], [encoded[i] for i in batch], args)):
+                    one[name] = output, {"id": prompts[i]["id"], "task": prompts[i]["task"], "prompt_tokens": len(encoded[i]), "tokens": len(output),
+                                         "seconds": seconds, "rounds": stats.rounds, "steps": dict(stats.seconds), "nodes": dict(stats.nodes),
+                                         "accepted": dict(stats.accepted), "stages": dict(stats.stages), "merged": {"nodes": stats.merged}}
+            if partial:
+                with open(partial, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(one) + "\n" for one in found)
+            done += found
+        for one in done[batch.start:batch.stop]:
+            for name in methods:
+                outputs[name].append(one[name][0])
+                runs[name].append(one[name][1])
+        passed, fresh = time.perf_counter() - began, max(1, batch.stop - resumed)
+        say(f"\r{batch.stop}/{len(prompts)} prompts, {passed:.0f} s, about {passed / fresh * (len(prompts) - batch.stop):.0f} s left   ", end="")
     say()
     tasks = sorted({p["task"] for p in prompts})
     of = lambda name, task: [r for r in runs[name] if task in (None, r["task"])]
@@ -542,11 +606,9 @@ def command_bench(args) -> int:
         "by_task": {task: total(of(name, task), of("ar", task)) for task in tasks},
         **{key: {k: round(sum(r[key].get(k, 0) for r in runs[name]), 3) for k in sorted({k for r in runs[name] for k in r[key]})}
            for key in ("steps", "nodes", "merged", "accepted", "stages")}} for name in methods}
-    exact = setup.model
-    if exact.dtype != torch.float32 and any(outputs[name] != outputs["ar"] for name in methods):
-        exact = load_model(fetch_checkpoint(args.model, args.revision) if args.model else demo_model(say),
-                           dtype=torch.float32, device=setup.model.device)
-    kinds = {name: [first_difference(setup, exact, *triple) for triple in zip(encoded, outputs["ar"], outputs[name])] for name in methods}
+    exact = setup.exact() if any(outputs[name] != outputs["ar"] for name in methods) else setup.model
+    kinds = {name: [divergence(exact, configs["ar"], *triple, setup.tie)["kind"] for triple in zip(encoded, outputs["ar"], outputs[name])]
+             for name in methods}
     lossless = {name: {kind: kinds[name].count(kind) for kind in ("identical", "near_tie", "different")} for name in methods}
     width = max(map(len, methods)) + 2
     print(f"{'':{width}}{'all':>22}" + "".join(f"{task:>22.20}" for task in tasks))
@@ -555,8 +617,8 @@ def command_bench(args) -> int:
         print(f"{name:{width}}" + "".join(f"{c['tokens_per_second']:>9.1f} {c['speedup']:>5.2f}x {c['mean_accepted']:>5.2f}" for c in cells))
     print("tokens/s, speedup over ar, tokens a round;", ", ".join(f"{n}: {c['different']} different" for n, c in lossless.items()))
     if args.json:
-        command = "python run.py " + " ".join(a if "/" not in a else Path(a).name for a in sys.argv[1:])
-        report = {"command": command, "environment": environment(setup), "warm_start": bool(setup.warm or setup.store), "prompts": len(prompts),
+        report = {"command": command_line(), "environment": environment(setup), "warm_start": bool(setup.warm or setup.store), "prompts": len(prompts),
+                  "batch_size": args.batch_size,
                   "config": {name: asdict(config) for name, config in configs.items()}, "methods": table, "lossless": lossless}
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         partial.unlink()
@@ -572,7 +634,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    command = argv[0] if argv and argv[0] in ("chat", "bench") else "generate"
+    command = argv[0] if argv and argv[0] in ("chat", "bench", "verify") else "generate"
     parser = Parser(prog="run.py" if command == "generate" else f"run.py {command}", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -581,10 +643,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--file", help="read the prompt from a file; - is standard input")
         add("--json", action="store_true", help="print one JSON object instead of text")
         add("--compare", action="store_true", help="also run plain decoding and report the speedup")
-    if command == "bench":
+    if command in ("bench", "verify"):
         add("--prompts", required=True, help="JSON lines with id, task and turns (the first turn is used)")
-        add("--methods", default="ar,retrieve", help=f"some of {','.join(EVERY)}")
+        add("--methods", help=f"some of {','.join(EVERY)} (default: {'ar,retrieve' if command == 'bench' else 'the best there is'})")
         add("--limit-per-task", type=int, help="at most this many prompts a task")
+        if command == "bench":
+            add("--batch-size", type=int, default=1, help="prompts that are continued side by side")
         add("--json", metavar="OUT", help="write the result here")
     else:
         add("--method", choices=[*METHODS, *VARIANTS], metavar="METHOD", help=f"one of {', '.join([*METHODS, *VARIANTS])} (default: graft with a draft head, else retrieve)")
@@ -595,7 +659,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--draft", help="EAGLE-3 head: folder or Hub id")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32", "float64"))
-    add("--max-new-tokens", type=int, default=128 if command == "bench" else 512)
+    add("--max-new-tokens", type=int, default=128 if command in ("bench", "verify") else 512)
     add("--budget", type=int, help=f"most nodes a tree holds below its root (default: as calibrated, else {CPU_BUDGET} on a CPU, {GPU_BUDGET} on a GPU)")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: from all")
@@ -617,15 +681,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("argument --stop is empty; expected some text")
     if args.budget is not None and args.budget < 1:
         parser.error(f"argument --budget is {args.budget}; expected 1 or more")
-    if getattr(args, "limit_per_task", None) is not None and args.limit_per_task < 1:
-        parser.error(f"argument --limit-per-task is {args.limit_per_task}; expected 1 or more")
+    for name in ("limit_per_task", "batch_size"):
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            parser.error(f"argument --{name.replace('_', '-')} is {getattr(args, name)}; expected 1 or more")
     return args
 
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
     try:
-        return {"generate": command_generate, "chat": command_chat, "bench": command_bench}[args.command](args)
+        return {"generate": command_generate, "chat": command_chat, "bench": command_bench, "verify": command_verify}[args.command](args)
     except BrokenPipeError:                     # the reader left: not our error
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
