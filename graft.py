@@ -240,26 +240,34 @@ def truncate(logits: Tensor, config: GraftConfig) -> Tensor:
 
 class EagleDrafter:
     """Grows a tree from an EAGLE-3 head. Any object with `taps`, `rewind`, `observe` and `expand` can stand in its place: see
-    `variants/`."""
+    `variants/`. With a `window`, the head sees at least that many of the last tokens and at most twice as many, which bounds its
+    cache and its cost where the text is long."""
 
-    def __init__(self, head: Eagle3):
+    def __init__(self, head: Eagle3, window: int | None = None):
         self.head, self.taps = head, head.taps            # taps: the target's layers whose outputs `observe` is given
         self.cache: KVCache = head.new_cache(0)
+        self.window, self.dropped = window, 0             # dropped: rows forgotten at the front
         self.ids = head.to_target(torch.arange(head.config.draft_vocab_size, device=head.d2t.device))
 
     def rewind(self, length: int) -> int:
         """Forget all but the first `length` tokens of the text, or fewer; returns how many are still known."""
-        self.cache.length = max(0, min(self.cache.length, length - 1))                 # row i also holds token i + 1
-        return self.cache.length
+        known = min(self.dropped + self.cache.length, length - 1)                      # row i also holds token i + 1
+        if self.dropped and known - self.dropped < self.window:                        # less than the window is left: start again
+            known = self.dropped = 0
+        self.cache.length = max(0, known - self.dropped)
+        return self.dropped + self.cache.length
 
     def observe(self, features: Tensor, tokens: Tensor) -> None:
         """Read m newly committed positions: tokens [1, m + 1], those and the next root; features [1, m, 3H] of the target."""
         count, start = tokens.shape[1] - 1, self.cache.length
         self.cache.reserve(_roomy(start + count + 1))
-        positions = torch.arange(start, start + count, device=tokens.device)[None]
+        positions = torch.arange(start, start + count, device=tokens.device)[None] + self.dropped
         logits, hidden = self.head(tokens[:, 1:], self.head.fc(features), positions, self.cache)
         self.cache.commit(list(range(count)))
         self.logits, self.hidden = logits[:, -1], hidden[:, -1:]
+        if self.window and self.cache.length > 2 * self.window:
+            self.dropped += self.cache.length - self.window
+            self.cache.drop(self.cache.length - self.window)
 
     def expand(self, root: int, depth: int, top_k: int, sampler: Sampler) -> Iterator[Tree]:
         """Yield the tree after expansion step 0 (the root's children), 1, ... `depth`; whoever stops asking stops drafting."""
@@ -273,7 +281,7 @@ class EagleDrafter:
             for step in range(1, depth + 1):
                 seen = torch.cat((seen, torch.eye(len(frontier), dtype=torch.bool, device=seen.device)), dim=1)
                 committed = torch.ones(len(frontier), length, dtype=torch.bool, device=seen.device)
-                positions = torch.full((1, len(frontier)), length + step - 1, device=seen.device)
+                positions = torch.full((1, len(frontier)), self.dropped + length + step - 1, device=seen.device)
                 ids = torch.tensor([[tree.tokens[node] for node in frontier]], device=seen.device)
                 logits, out = self.head(ids, hidden, positions, self.cache, torch.cat((committed, seen), dim=1))
                 self.cache.commit(list(range(len(frontier))))

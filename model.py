@@ -209,6 +209,12 @@ class KVCache:
             more = (0, 0, 0, capacity - self.capacity)
             self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
 
+    def drop(self, count: int) -> None:
+        """Forget the first `count` committed rows; the others move to the front."""
+        for rows in (self.keys, self.values):
+            rows[:, :, :, :self.length - count] = rows[:, :, :, count:self.length].clone()
+        self.length -= count
+
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put keys and values [b, k, n, d] behind the committed rows; return views [b, k, length + n, d] to attend to."""
         end = self.length + keys.shape[2]

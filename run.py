@@ -179,6 +179,7 @@ class Setup:
     corpus: list[int]
     tuned: dict               # by method, what tools/calibrate.py chose for this device
     folder: Path              # the target's checkpoint
+    window: int | None        # of the draft head
     store: Path | None        # --store: read if it is there, written at the end
     warm: Path | None         # the demo model's own start
 
@@ -198,7 +199,7 @@ class Setup:
         config = self.configure(method)
         if METHODS[config.method].draft and not self.head:
             raise ValueError(f"method '{method}' needs a draft head; give --draft")
-        return Plan(config, lambda: EagleDrafter(self.head) if self.head else None)
+        return Plan(config, lambda: EagleDrafter(self.head, self.window) if self.head else None)
 
     def configure(self, method: str) -> GraftConfig:
         """The configuration of a method or an ablation, with what was calibrated for this device."""
@@ -269,7 +270,8 @@ def set_up(args) -> Setup:
         prices = fields.get("verify_cost", ())[:args.budget + 1]
         fields |= {"budget": args.budget, "verify_cost": prices if len(prices) == args.budget + 1 else ()}
     warm = DEMO_STORE if not args.model and not args.cold and DEMO_STORE.exists() else None
-    return Setup(model, head, text, method, config, chat, args.system, corpus, tuned, folder, Path(args.store) if args.store else None, warm)
+    return Setup(model, head, text, method, config, chat, args.system, corpus, tuned, folder, args.draft_window,
+                 Path(args.store) if args.store else None, warm)
 
 
 def read_calibration(path: Path) -> dict:
@@ -657,6 +659,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--model", help="folder or Hub id (default: the demo model)")
     add("--revision", help="of a Hub model")
     add("--draft", help="EAGLE-3 head: folder or Hub id")
+    add("--draft-window", type=int, metavar="N", help="let the head see the last N to 2 N tokens only (default: all)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32", "float64"))
     add("--max-new-tokens", type=int, default=128 if command in ("bench", "verify") else 512)
@@ -681,7 +684,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("argument --stop is empty; expected some text")
     if args.budget is not None and args.budget < 1:
         parser.error(f"argument --budget is {args.budget}; expected 1 or more")
-    for name in ("limit_per_task", "batch_size"):
+    for name in ("limit_per_task", "batch_size", "draft_window"):
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
             parser.error(f"argument --{name.replace('_', '-')} is {getattr(args, name)}; expected 1 or more")
     return args

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -248,6 +249,23 @@ def test_the_head_is_a_plain_eagle3_and_scores_are_cumulative(layout, tmp_path):
             assert abs(score - tree.scores[leaf]) < 1e-5     # log-probabilities are taken in float32
         next(drafter.expand(6, 3, 4, sampler))                        # abandoned after the root's children
         assert drafter.cache.length == len(prompt)
+
+
+def test_a_window_keeps_the_last_rows_at_their_distances():
+    """The layer's keys depend on their own token alone, so a drafter that was given the last rows only is the reference."""
+    tokens = [(7 * i) % VOCAB for i in range(31)]
+    features, sampler = full_forward(MODEL, tokens, taps=HEAD.taps)[1], Sampler(GraftConfig(), VOCAB, "cpu")
+    windowed, fresh = EagleDrafter(HEAD, window=6), EagleDrafter(HEAD)
+    with torch.inference_mode():
+        for start in range(0, 30, 5):
+            windowed.observe(features[:, start:start + 5], torch.tensor([tokens[start:start + 6]]))
+            assert windowed.cache.length <= 12 and windowed.dropped + windowed.cache.length == start + 5
+        first = 30 - windowed.cache.length
+        assert first >= 18
+        fresh.observe(features[:, first:30], torch.tensor([tokens[first:]]))
+        for seen, expected in zip(windowed.expand(tokens[30], 2, 3, sampler), fresh.expand(tokens[30], 2, 3, sampler)):
+            assert seen.tokens == expected.tokens and max(abs(a - b) for a, b in zip(seen.scores, expected.scores)) < 1e-5
+        assert windowed.rewind(31) == 30 and windowed.rewind(29) == 28 and windowed.rewind(20) == 0 and windowed.dropped == 0
 
 
 @pytest.mark.parametrize("change, named", [
@@ -497,7 +515,7 @@ def test_every_method_is_plain_decoding(method, seed, prompt, budget, depth, top
     config = GraftConfig(method=method, max_new_tokens=new, budget=budget, depth=depth, draft_top_k=top_k, thresholds=thresholds, verify_cost=cost,
                          sure=data.draw(st.sampled_from([1.0, 0.3, 0.0])), trust=data.draw(st.sampled_from([(1.0, 1.0), (0.5, 0.1)])),
                          eos_token_ids=eos, prefill_chunk=data.draw(st.integers(1, 12)))
-    state = State(model, EagleDrafter(tiny_head(model)), AdjacencyMatrix(VOCAB, 4), NGramIndex())
+    state = State(model, EagleDrafter(tiny_head(model), data.draw(st.sampled_from([None, 1, 5]))), AdjacencyMatrix(VOCAB, 4), NGramIndex())
     got, stats = collect(model, prompt, config, state=state, stopped=stopped)
     assert (got, stats.finish) == expected
     again, _ = collect(model, prompt, config, state=state, stopped=stopped)     # warm stores, reused caches
@@ -652,6 +670,24 @@ def test_a_sequence_that_has_ended_is_in_no_forward(monkeypatch):
     short = next(i for i in range(9) if free[0][i] not in free[1])
     list(generate_batch(MODEL, [[1, 2], [3]], GraftConfig(method="ar", max_new_tokens=9, eos_token_ids=(free[0][short],))))
     assert widths == [2, 1] + [2] * short + [1] * (8 - short)
+
+
+def test_attention_reads_what_is_committed_and_one_mask_serves_all_layers(monkeypatch):
+    """Cost follows the committed length, not the capacity that is allocated; counted, not timed."""
+    calls, whole = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask: calls.append((q.shape[2], k.shape[2], attn_mask)) or whole(q, k, v, attn_mask))
+    state = State(MODEL, EagleDrafter(HEAD))
+    prompt, groups, layers = [1, 2, 3, 4, 5], 2, MODEL.config.num_hidden_layers
+    length = len(prompt)
+    for step in generate(MODEL, prompt, GraftConfig(max_new_tokens=20, budget=7, draft_top_k=3, eos_token_ids=()), state=state):
+        if step.tree:
+            n = len(step.tree)
+            target = [call for call in calls if call[:2] == (groups * n, length + n)]
+            assert len(target) == layers and len({id(mask) for *_, mask in target}) == 1
+            assert target[0][2] is None if n == 1 else target[0][2].shape == (1, 1, groups * n, length + n)
+            length += len(step.path)
+        calls.clear()
+    assert state.cache.capacity > 5 * length
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

@@ -307,8 +307,8 @@ def train(args) -> None:
     held, state_file = Texts(shards[:1], args.held_out), data / f"{args.name}.pt"
     state = torch.load(state_file, map_location=args.device, weights_only=True) if state_file.exists() else None
     start = load_eagle3(args.start, target, pack=False).state_dict() if args.start and not state else None
-    if state or start:
-        d2t = (state["head"] if state else start)["d2t"]
+    if state:
+        d2t = state["head"]["d2t"]
     else:
         counts = torch.zeros(target.config.vocab_size)
         for path in shards[1:]:
@@ -331,7 +331,12 @@ def train(args) -> None:
         seen, updates, history = state["seen"], state["updates"], state["history"]
         print(f"continuing after {seen:,} tokens")
     elif start:
-        head.load_state_dict(start, strict=False)
+        row_of = torch.full((target.config.vocab_size,), -1, device=d2t.device)       # by target id: its row in the start's lm_head
+        row_of[start["d2t"] + torch.arange(len(start["d2t"]), device=d2t.device)] = torch.arange(len(start["d2t"]), device=d2t.device)
+        row = row_of[d2t + torch.arange(len(d2t), device=d2t.device)]
+        with torch.no_grad():
+            head.lm_head.weight[row >= 0] = start["lm_head.weight"][row[row >= 0]].float()
+        head.load_state_dict({name: value for name, value in start.items() if name not in ("d2t", "lm_head.weight")}, strict=False)
     rng = random.Random(args.seed + updates)
     began, start_seen, running, saved_at = time.time(), seen, None, time.time()
 
@@ -466,7 +471,7 @@ def main() -> None:
     fit = commands.add_parser("train", help="train a head on it")
     fit.add_argument("--out", required=True, help="folder for the finished head")
     fit.add_argument("--name", default="eagle3", help="of the training state, which a second call continues")
-    fit.add_argument("--start", help="folder of a head to start from")
+    fit.add_argument("--start", help="folder of a head to start from; its draft vocabulary may differ")
     fit.add_argument("--tokens", type=int, default=4_000_000, help="training tokens, repetitions included")
     fit.add_argument("--draft-vocab", type=int, default=8192)
     fit.add_argument("--steps", type=int, default=4, help="chained steps")
