@@ -10,6 +10,7 @@ k key/value heads, g = h / k, d head size, I MLP size, E experts, L layers.
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -526,12 +527,17 @@ class _Tensors:
             raise CheckpointError(f"{folder}: holds no model.safetensors, no model.safetensors.index.json and no pytorch_model.bin")
         for shard in shards:
             try:
-                handle = safe_open(folder / shard, framework="pt")   # a memory map: tensors are read when asked for
-                for name in handle.keys():
-                    self.shapes[rename(name)] = tuple(handle.get_slice(name).get_shape())
-                    self.read[rename(name)] = lambda handle=handle, name=name: handle.get_tensor(name)
+                with safe_open(folder / shard, framework="pt") as file:
+                    for name in file.keys():
+                        self.shapes[rename(name)] = tuple(file.get_slice(name).get_shape())
+                        self.read[rename(name)] = partial(_read_tensor, folder / shard, name)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{folder / shard}: not a whole safetensors file ({error})") from None
+
+
+def _read_tensor(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:    # a memory map of its own, gone with the tensor: no shard stays in memory
+        return file.get_tensor(name)
 
 
 def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple]], dtype, device, optional=()) -> None:
@@ -546,7 +552,7 @@ def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple
             if tensors.shapes[source] != shape:
                 raise CheckpointError(f"{tensors.where}: tensor '{source}' has shape {list(tensors.shapes[source])}; "
                                       f"config.json implies {list(shape)}")
-            pieces.append(tensors.read[source]().to(device=device, dtype=dtype if value.is_floating_point() else value.dtype))
+            pieces.append(tensors.read[source]().to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True))
             used.add(source)
         state[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces).view(value.shape)
     extra = sorted(set(tensors.shapes) - used)

@@ -746,6 +746,25 @@ def test_a_bad_tensor_is_named(change, named, tmp_path):
         load_model(tmp_path)
 
 
+def test_loading_never_holds_a_second_copy(tmp_path):
+    """A sharded model of 1 GB, loaded and packed in a process of its own: its peak memory grows by little more than the weights."""
+    config = GOOD | dict(vocab_size=512, hidden_size=2048, intermediate_size=8192, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=4)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shapes = {f"{p}_proj": s for p, s in (("self_attn.q", (2048, 2048)), ("self_attn.k", (512, 2048)), ("self_attn.v", (512, 2048)), ("self_attn.o", (2048, 2048)),
+                                          ("mlp.gate", (8192, 2048)), ("mlp.up", (8192, 2048)), ("mlp.down", (2048, 8192)))}
+    shapes |= {"input_layernorm": (2048,), "post_attention_layernorm": (2048,)}
+    shards = {"top.safetensors": {"model.embed_tokens.weight": (512, 2048), "model.norm.weight": (2048,)}}
+    shards |= {f"{i}.safetensors": {f"model.layers.{i}.{name}.weight": shape for name, shape in shapes.items()} for i in range(8)}
+    for shard, tensors in shards.items():
+        save_file({name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in tensors.items()}, tmp_path / shard)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: shard for shard, names in shards.items() for name in names}}))
+    weights = sum((tmp_path / shard).stat().st_size for shard in shards)
+    code = ("import resource; from model import load_model; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024; "
+            f"before = peak(); load_model({str(tmp_path)!r}); print(peak() - before)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert weights > 0.9e9 and int(done.stdout) < 1.35 * weights, done.stderr
+
+
 def test_bad_files_are_named(tmp_path):
     checkpoint(tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
