@@ -113,6 +113,12 @@ def floor(model, t: list[float]) -> dict:
             "plain_over_floor": round(t[0] / ms, 2), "verify_8_over_plain": round(t[7] / t[0], 2), "verify_16_over_plain": round(t[15] / t[0], 2)}
 
 
+def held_out_prompts(count: int, text: Path = TEXT) -> list[list[int]]:
+    """Prompts, spread over the conversations that training leaves out."""
+    held = read_text(text)[:HELD_OUT]
+    return [tokens[:answer_from] for tokens, answer_from in held[::max(1, len(held) // count)]][:count]
+
+
 class Replay:
     """Stands in for a drafter: yields the recorded trees of one position."""
 
@@ -301,8 +307,7 @@ def main() -> None:
     args = parser.parse_args()
     given = [word for name in ("model", "draft", "device") if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
     setup = run.set_up(run.parse(["calibrating", "--dtype", args.dtype, *given]))
-    held = read_text(Path(args.text))[:HELD_OUT]
-    prompts = [tokens[:answer_from] for tokens, answer_from in held[::max(1, len(held) // args.prompts)]][:args.prompts]
+    prompts = held_out_prompts(args.prompts, Path(args.text))
     t, observe, head = measure(setup, args.length, args.repeats)
     print("t(n), ms:", {n: round(t[n], 1) for n in (0, 3, 7, 15, 31, 60)}, f"observe {observe:.2f}, head step {head:.2f}")
     begin = time.perf_counter()

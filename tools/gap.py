@@ -1,0 +1,94 @@
+"""How far plain decoding and a round of Graft are from what this device allows, part by part.
+
+    python tools/gap.py --dtype bfloat16 --json results/gap_cpu_bfloat16.json
+
+The floor of a forward is its weights read once at the bandwidth that a large sum reaches here; a forward of n rows is also
+compared with the time that the same weights take as bare matrix products. A round's overhead is what is left of its wall time
+without the forwards of target and head: retrieving, merging, masks, picks, walking, compaction and Python. Prompts are the
+held-out ones of the self-made text. On a CPU start it alone: another busy process doubles some of these figures.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import run  # noqa: E402
+from calibrate import floor, held_out_prompts, measure, median_ms  # noqa: E402
+from graft import Sequence, run_rounds  # noqa: E402
+from model import Linear  # noqa: E402
+
+
+@torch.inference_mode()
+def products(model, rows: int, repeats: int) -> float:
+    """Milliseconds of the target's matrix products alone, one after the other as in a forward, for so many rows."""
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    size = lambda linear: (linear.weight if linear.packed is None else linear.packed).shape[1]
+    inputs = [torch.randn(rows, size(linear), device=model.device).to(model.dtype) for linear in linears]
+    return median_ms({"all": lambda: [linear(x) for linear, x in zip(linears, inputs)]}, repeats)["all"]
+
+
+class Clock:
+    """Stands in for a module's forward and adds up its wall time."""
+
+    def __init__(self, name: str, module, spent: Counter):
+        self.name, self.forward, self.spent = name, module.forward, spent
+
+    def __call__(self, *args, **kwargs):
+        begin = time.perf_counter()
+        out = self.forward(*args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.spent[self.name] += time.perf_counter() - begin
+        return out
+
+
+def rounds(setup: run.Setup, prompts: list[list[int]]) -> dict:
+    """Of all rounds together, prefill left out: each part's share of the wall time."""
+    spent, total, count = Counter(), 0.0, 0
+    setup.model.forward, setup.head.forward = (Clock(name, module, spent) for name, module in (("target", setup.model), ("head", setup.head)))
+    steps = Counter()
+    for prompt in prompts:
+        plan = setup.plan("graft")
+        sequence = Sequence(setup.model, prompt, plan.config, setup.state(plan))
+        for i, (_, step) in enumerate(run_rounds(setup.model, [sequence])):
+            if i == 0:
+                before, start = Counter(spent), time.perf_counter()
+        total += time.perf_counter() - start
+        steps.update({name: seconds for name, seconds in step.stats.seconds.items() if name != "prefill"})
+        count += step.stats.rounds
+        for name in ("target", "head"):
+            steps[f"{name} forward"] += spent[name] - before[name]
+    del setup.model.forward, setup.head.forward
+    share = {name: round(seconds / total, 4) for name, seconds in steps.items()}
+    return {"rounds": count, "milliseconds_a_round": round(1000 * total / count, 2), "share": share,
+            "overhead_share": round(1 - share["target forward"] - share["head forward"], 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
+    parser.add_argument("--device")
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--json", required=True)
+    args = parser.parse_args()
+    setup = run.set_up(run.parse(["x", "--dtype", args.dtype, "--max-new-tokens", "96", *(["--device", args.device] if args.device else [])]))
+    t, observe, head = measure(setup, 256, args.repeats)
+    bare = {n: products(setup.model, n, args.repeats) for n in (1, 8, 16, 32)}
+    report = {"command": "python tools/gap.py " + " ".join(sys.argv[1:]), "environment": run.environment(setup), "floor": floor(setup.model, t),
+              "milliseconds": {f"forward_{n}": round(t[n - 1], 2) for n in (1, 4, 8, 16, 32)} | {f"products_{n}": round(ms, 2) for n, ms in bare.items()}
+              | {"head_step": round(head, 2), "head_observe": round(observe, 2)},
+              "graft": rounds(setup, held_out_prompts(args.prompts))}
+    print(json.dumps(report, indent=1))
+    Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
