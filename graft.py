@@ -64,6 +64,7 @@ class GraftConfig:
     graft_anchors: int = 4                       # draft nodes, besides the root, that retrieval may continue
     adjacency: bool = True
     ngrams: bool = True
+    merge: bool = True                           # join retrieved branches as a trie; False: an ablation
     prefill_chunk: int = 256
     temperature: float = 0.0                     # 0: greedy; else sampling, in this order:
     repetition_penalty: float = 1.0              # positive logits of tokens in the text are divided by it, negative ones multiplied
@@ -499,7 +500,7 @@ def graft(sequence: Sequence, tree: Tree, branches: list[tuple[int, str, Branch]
     only those likely enough to pay are kept (ours)."""
     config, stats = sequence.config, sequence.stats
     with stats.clock("graft"):
-        stats.merged += tree.graft(branches, len(tree) - 1 + config.budget if sequence.priced else config.budget)
+        stats.merged += tree.graft(branches, len(tree) - 1 + config.budget if sequence.priced else config.budget, config.merge)
         tree = tree.within(max(sequence.room, 0))
         if sequence.priced:
             tree = tree.worth(config.verify_cost)

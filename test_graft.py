@@ -361,6 +361,14 @@ def test_worth_keeps_what_pays(tree, steps):
     assert {tuple(kept.tokens[i] for i in kept.path(n)) for n in range(len(kept))} <= {tuple(tree.tokens[i] for i in tree.path(n)) for n in range(len(tree))}
 
 
+def test_unmerged_branches_repeat_nodes_and_the_longest_agreement_counts():
+    tree = Tree.rooted(0)
+    tree.add(1, 0, -0.1, DRAFT)
+    assert tree.graft([(0, NGRAM, ([1, 2], [-1, 0], [-0.2, -0.3]))], 9, merge=False) == 0
+    assert tree.tokens == [0, 1, 1, 2] and tree.parents == [-1, 0, 0, 2]
+    assert tree.accept([1, 2, 2, 7]) == [0, 2, 3] and tree.top(3).tokens == tree.tokens
+
+
 def test_graft_takes_the_likeliest_first_over_all_branches():
     tree = Tree.rooted(0)
     a = tree.add(1, 0, -0.1, DRAFT)
@@ -513,7 +521,7 @@ def test_every_method_is_plain_decoding(method, seed, prompt, budget, depth, top
     thresholds = data.draw(st.sampled_from([(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.1, 0.05, 0.01)]))
     cost = data.draw(st.sampled_from([(), tuple(0.02 * n for n in range(budget + 1))]))
     config = GraftConfig(method=method, max_new_tokens=new, budget=budget, depth=depth, draft_top_k=top_k, thresholds=thresholds, verify_cost=cost,
-                         sure=data.draw(st.sampled_from([1.0, 0.3, 0.0])), trust=data.draw(st.sampled_from([(1.0, 1.0), (0.5, 0.1)])),
+                         sure=data.draw(st.sampled_from([1.0, 0.3, 0.0])), merge=data.draw(st.booleans()), trust=data.draw(st.sampled_from([(1.0, 1.0), (0.5, 0.1)])),
                          eos_token_ids=eos, prefill_chunk=data.draw(st.integers(1, 12)))
     state = State(model, EagleDrafter(tiny_head(model), data.draw(st.sampled_from([None, 1, 5]))), AdjacencyMatrix(VOCAB, 4), NGramIndex())
     got, stats = collect(model, prompt, config, state=state, stopped=stopped)

@@ -34,9 +34,9 @@ class Tree:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def add(self, token: int, parent: int, score: float, source: str) -> int:
+    def add(self, token: int, parent: int, score: float, source: str, merge: bool = True) -> int:
         """The child of `parent` that holds `token`: the one that is there already, else a new node. Returns its number."""
-        node = self.child.get((parent, token))
+        node = self.child.get((parent, token)) if merge else None
         if node is None:
             node = self.child[parent, token] = len(self.tokens)
             self.tokens.append(token)
@@ -88,22 +88,22 @@ class Tree:
         tree.child = {(parents[i], tree.tokens[i]): i for i in range(1, len(kept))}
         return tree
 
-    def graft(self, branches: list[tuple[int, str, Branch]], budget: int) -> int:
+    def graft(self, branches: list[tuple[int, str, Branch]], budget: int, merge: bool = True) -> int:
         """Merge retrieved branches as a trie, likeliest node first over all of them, until the tree has `budget` nodes below
         its root. Each branch is (anchor node, source, (tokens, parents, scores)) with scores relative to its anchor and never
         rising from parent to child. A branch that repeats what is there walks on through it and costs nothing; returns how many
-        nodes were there already."""
+        nodes were there already. Without `merge` (an ablation) it does not, and slots go to repetitions."""
         order = sorted((-self.scores[anchor] - score, which, i)
                        for which, (anchor, _, (_, _, scores)) in enumerate(branches) for i, score in enumerate(scores))
         place, shared = {}, 0
         for minus_score, which, i in order:
             anchor, source, (tokens, parents, _) = branches[which]
             parent = anchor if parents[i] < 0 else place[which, parents[i]]
-            there = (parent, tokens[i]) in self.child
+            there = merge and (parent, tokens[i]) in self.child
             if not there and len(self) > budget:
                 break
             shared += there
-            place[which, i] = self.add(tokens[i], parent, -minus_score, source)
+            place[which, i] = self.add(tokens[i], parent, -minus_score, source, merge)
         return shared
 
     def worth(self, cost: Sequence[float]) -> "Tree":
@@ -131,7 +131,9 @@ class Tree:
     def accept(self, picks: list[int]) -> list[int]:
         """The acceptance walk: picks[i] is the token the target puts after node i. Returns the nodes it agrees with, from the
         root on, the root included; the pick at the last of them is the next root."""
-        path = [0]
-        while (following := self.child.get((path[-1], picks[path[-1]]))) is not None:
-            path.append(following)
-        return path
+        agreed, deepest = {0}, 0
+        for node, (parent, token) in enumerate(zip(self.parents, self.tokens)):
+            if parent in agreed and token == picks[parent]:
+                agreed.add(node)
+                deepest = max(deepest, node, key=self.depths.__getitem__)
+        return [0, *self.path(deepest)]
