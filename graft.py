@@ -71,6 +71,7 @@ class GraftConfig:
     top_k: int = 0                               # keep the k likeliest tokens; 0: all
     top_p: float = 1.0                           # keep the likeliest tokens that make up this probability
     min_p: float = 0.0                           # keep tokens that have this share of the likeliest one's probability
+    lean: bool = True                            # let guesses lean towards what the known noise favours; False: an ablation
     seed: int = 0
     eos_token_ids: tuple[int, ...] | None = None   # None: the model's own
 
@@ -194,7 +195,7 @@ class Sampler:
         logits, config = logits.float(), self.config
         if config.repetition_penalty != 1:
             logits = penalise(logits, self.seen[ids], config.repetition_penalty)
-        if config.temperature:
+        if config.temperature and config.lean:
             kept = truncate(logits / config.temperature, config) + self.noise(depth).to(ids.device)[ids].float()
             logits = kept * config.temperature
         return logits.log_softmax(-1)
@@ -203,7 +204,7 @@ class Sampler:
         """A retrieved branch below a node at this depth, its probabilities adjusted for the noise: a token competes with the rest,
         whose best has Gumbel noise too, 0.577 on average."""
         tokens, parents, scores = branch
-        if not self.config.temperature:
+        if not self.config.temperature or not self.config.lean:
             return branch
         depths, leaning = [], []
         for token, parent, score in zip(tokens, parents, scores):

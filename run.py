@@ -38,6 +38,7 @@ ABLATIONS = {                        # what bench runs besides the methods: the 
     "graft_60": ("graft", PAPER | {name: getattr(GraftConfig, name) for name in ("checkpoints", "thresholds", "retained", "trust")}),
     "graft_at_root": ("graft", dict(graft_anchors=0)),
     "graft_no_adjacency": ("graft", dict(adjacency=False)),
+    "graft_not_leaning": ("graft", dict(lean=False)),
     "graft_unmerged": ("graft", dict(merge=False)),
     "graft_no_ngrams": ("graft", dict(ngrams=False)),
 }

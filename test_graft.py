@@ -598,7 +598,7 @@ def plain_sampling(model: Model, prompt: list[int], new: int, config: GraftConfi
 
 SETTINGS = st.fixed_dictionaries(dict(
     temperature=st.sampled_from([0.0, 0.5, 1.0, 1.7]), top_k=st.sampled_from([0, 1, 5, 99]), top_p=st.sampled_from([1.0, 0.9, 0.5, 0.01]),
-    min_p=st.sampled_from([0.0, 0.05, 1.0]), repetition_penalty=st.sampled_from([1.0, 1.3, 0.8]), seed=st.integers(0, 99)))
+    min_p=st.sampled_from([0.0, 0.05, 1.0]), lean=st.booleans(), repetition_penalty=st.sampled_from([1.0, 1.3, 0.8]), seed=st.integers(0, 99)))
 
 
 @given(st.sampled_from(list(METHODS)), SETTINGS, tokens_of(1, 6), st.sampled_from([(), tuple(0.01 * n for n in range(9))]))
