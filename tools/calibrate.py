@@ -101,10 +101,15 @@ def measure(setup: run.Setup, length: int, repeats: int) -> tuple[list[float], f
     return t, times.get("observe", 0.0), times.get("expand", 0.0) / 4
 
 
+def bandwidth(device) -> float:
+    """GB/s that a large float32 sum reaches."""
+    block = torch.ones(100_000_000, device=device)
+    return block.numel() * block.element_size() / median_ms({"sum": lambda: block.sum().item()}, 7)["sum"] / 1e6
+
+
 def floor(model, t: list[float]) -> dict:
     """What plain decoding cannot beat: its weights read once, at the bandwidth that a large sum reaches on this device."""
-    block = torch.ones(100_000_000, device=model.device)
-    speed = block.numel() * block.element_size() / median_ms({"sum": lambda: block.sum().item()}, 7)["sum"] / 1e6        # GB/s
+    speed = bandwidth(model.device)
     c, size = model.config, torch.empty(0, dtype=model.dtype).element_size()
     with torch.device("meta"):
         weights = sum(p.numel() for p in Model(c).parameters()) - c.vocab_size * c.hidden_size        # of the embeddings one row is read
