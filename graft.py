@@ -173,7 +173,7 @@ class Sampler:
         """The target's token after each node: logits [n, V]."""
         config = self.config
         if not config.temperature and config.repetition_penalty == 1:
-            return logits.max(-1).indices.tolist()                                     # in bfloat16 four times as fast as argmax
+            return likeliest(logits)
         logits = logits.double()
         if config.repetition_penalty != 1:
             seen = self.seen.repeat(len(tree), 1)                                      # [n, V]: the text, and the node's own path
@@ -184,7 +184,7 @@ class Sampler:
         if config.temperature:
             logits = truncate(logits / config.temperature, config)
             logits = logits + torch.stack([self.noise(depth) for depth in tree.depths]).to(logits.device)
-        return logits.max(-1).indices.tolist()
+        return likeliest(logits)
 
     def lean(self, logits: Tensor, depth: int, ids: Tensor) -> Tensor:
         """A guesser's log-probabilities that the target picks the tokens `ids` [v] after a node at this depth, given its logits
@@ -210,6 +210,14 @@ class Sampler:
             odds = math.log(p / (1 - p)) + self.config.temperature * (float(self.noise(depths[-1])[token]) - 0.5772)
             leaning.append((leaning[parent] if parent >= 0 else 0.0) - math.log1p(math.exp(-odds)))
         return tokens, parents, leaning
+
+
+def likeliest(logits: Tensor) -> list[int]:
+    """argmax of each row [n, V]. Raises ValueError where damaged weights, or a dtype too narrow for the model, left no number."""
+    best = logits.max(-1)                                                              # in bfloat16 four times as fast as argmax
+    if not best.values.isfinite().all():
+        raise ValueError(f"the model's logits are not finite in {logits.dtype}: damaged weights, or weights for a wider dtype")
+    return best.indices.tolist()
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
