@@ -633,7 +633,7 @@ def main(argv: list[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
             raise                               # our error
-        say(f"error: out of memory; a shorter prompt, fewer --max-new-tokens or a smaller --model need less ({' '.join(str(error).split()):.160})")
+        say(f"error: out of memory; a shorter prompt, fewer --max-new-tokens or a smaller --model need less ({error!r:.160})")
         return 1
 
 
