@@ -220,7 +220,8 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, capsys
 
 @pytest.mark.parametrize("template, reason", [
     ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 1 seconds"),
-    ("{% set n = namespace(a=[], b=[]) %}{% for i in range(40) %}{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}", "more than 1 seconds"),
+    ("{% set n = namespace(a=[], b=[]) %}{% for i in range(40) %}{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}"
+     "{{ n.a == n.b }}", "more than 1 seconds"),
     ("{% for i in range(10**9) %}{% endfor %}", "Range too big"), ("{{ 'a' * 10**10 }}", "MB of memory"), ("{{ '%09999999999d'|format(1) }}", "MB of memory"),
     ("{{ 'a' * 2**21 }}", "2097152 characters"), ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"), ("{{" + "(" * 3000, "recursion"),
     ("{{ raise_exception('roles must alternate') }}", "roles must alternate"), ("{{ 1 / 0 }}", "division"), ("{{", "unexpected"),
@@ -239,7 +240,8 @@ def test_a_chat_template_is_held_in_check(template, reason, folder, tmp_path, mo
 
 def test_a_chat_template_gets_what_it_needs(folder):
     text = run.Text(folder)
-    text.template = "{% for m in messages %}{% if loop.last %}{{ m.content }}{% break %}{% endif %}{% endfor %}{{ bos_token }}{{ strftime_now('%Y') }}{{ add_generation_prompt }}"
+    text.template = ("{% for m in messages %}{% if loop.last %}{{ m.content }}{% break %}{% endif %}{% endfor %}"
+                     "{{ bos_token }}{{ strftime_now('%Y') }}{{ add_generation_prompt }}")
     text.names["bos_token"] = "<s>"
     assert text.render([{"content": "no"}, {"content": "ü\0\ud800"}]) == f"ü\0\ud800<s>{time.strftime('%Y')}True"
 
@@ -431,8 +433,8 @@ def gguf(path: Path) -> Path:
     """A tiny Llama as a GGUF file, laid out like the wheel's."""
     from gguf import GGUFWriter
     writer = GGUFWriter(path, "llama")
-    for add, value in (("head_count", 2), ("head_count_kv", 1), ("embedding_length", 8), ("feed_forward_length", 8), ("block_count", 1), ("context_length", 64)):
-        getattr(writer, f"add_{add}")(value)
+    for field, value in dict(head_count=2, head_count_kv=1, embedding_length=8, feed_forward_length=8, block_count=1, context_length=64).items():
+        getattr(writer, f"add_{field}")(value)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     writer.add_token_list([chr(97 + i) for i in range(26)])
