@@ -31,17 +31,20 @@ from model import KVCache, Model, load_model  # noqa: E402
 from train_eagle3 import TEXT  # noqa: E402
 from tree import Tree  # noqa: E402
 
-CALIBRATED = {(30, 576): (25, 1)}
+# By layers and hidden size: E and how many guesses make a chain. For SmolLM2-135M-Instruct by `calibrate --conversations 5` (612 answer
+# tokens), where plain decoding scores 1 and no exit pays: E = 1 scores 0.88 (its head agrees with the end on 8% of the tokens), E = 18
+# 0.68 (15%), E = 29 0.82 (61%).
+CALIBRATED = {(30, 576): (1, 1)}
 
 
 def prepare(setup, method: str):
     """The fields of run.py's Plan. E is LAYERSKIP_EXIT if that is set, else what was calibrated, else a quarter of the layers."""
     layers, config = setup.model.config.num_hidden_layers, setup.configure("graft" if method.endswith("graft") else "eagle")
-    early, depth = CALIBRATED.get((layers, setup.model.config.hidden_size), (max(1, layers // 4), config.depth))
+    early, guesses = CALIBRATED.get((layers, setup.model.config.hidden_size), (max(1, layers // 4), config.depth + 1))
     given = os.environ.get("LAYERSKIP_EXIT", str(early))
     if not given.isdecimal() or not 1 <= int(given) < layers:
         raise ValueError(f"LAYERSKIP_EXIT is {given!r}; expected a number of layers from 1 to {layers - 1}")
-    return replace(config, depth=depth), lambda: SkipDrafter(setup.model, int(given)), verify
+    return replace(config, depth=guesses - 1), lambda: SkipDrafter(setup.model, int(given)), verify
 
 
 def run(model: Model, layers, x: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
@@ -134,7 +137,7 @@ def calibrate(args) -> None:
     for early, score in scores.items():
         print(f"E {early}: {score}")
     best = max(scores, key=lambda early: scores[early]["score"])
-    print(f"best: E {best} with chains of {scores[best]['depth']}, {scores[best]['score']} tokens per target forward (plain decoding: 1)")
+    print(f"best: E {best} with chains of {scores[best]['guesses']}, {scores[best]['score']} tokens per target forward (plain decoding: 1)")
 
 
 def main() -> None:

@@ -167,15 +167,15 @@ def test_the_config_says_what_a_draft_is(tmp_path):
 @given(st.lists(st.lists(st.booleans(), min_size=8, max_size=30), min_size=1, max_size=3), st.floats(0.05, 1.0))
 def test_a_chains_score_is_counted_by_walking(texts, cost):
     best = []
-    for depth in range(1, 9):
+    for guesses in range(1, 9):
         tokens = 1.0
-        for reach in range(1, depth + 1):                                          # the share of places from which `reach` guesses are right
+        for reach in range(1, guesses + 1):                                        # the share of places from which `reach` guesses are right
             places = [all(text[i:i + reach]) for text in texts for i in range(len(text) - reach + 1)]
             tokens += sum(places) / len(places)
-        best.append(tokens / (1 + depth * cost))
+        best.append(tokens / (1 + guesses * cost))
     got = chain_score([torch.tensor(text) for text in texts], cost)
-    assert abs(got["score"] - max(best)) < 1e-4 and abs(best[got["depth"] - 1] - max(best)) < 1e-4         # rounded to 4 digits
-    assert abs(got["tokens"] - best[got["depth"] - 1] * (1 + got["depth"] * cost)) < 1e-4
+    assert abs(got["score"] - max(best)) < 1e-4 and abs(best[got["guesses"] - 1] - max(best)) < 1e-4         # rounded to 4 digits
+    assert abs(got["tokens"] - best[got["guesses"] - 1] * (1 + got["guesses"] * cost)) < 1e-4
 
 
 def arguments(tmp_path, text, **changes) -> SimpleNamespace:
@@ -228,12 +228,12 @@ def test_healing_helps_and_an_interrupted_one_ends_the_same(small_text, tmp_path
     twice = arguments(folder, text, out=str(tmp_path / "twice"))
     with pytest.raises(KeyboardInterrupt):
         depth_pruned.heal(twice)
+    with pytest.raises(ValueError, match=r"without layers \[1, 3\] is being healed"):
+        depth_pruned.heal(arguments(folder, text, out=str(tmp_path / "twice"), drop=[2]))
     depth_pruned.heal(twice)
-    assert len(calls) == 31
+    assert len(calls) == 31 and not (tmp_path / "twice" / "heal.pt").exists()
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("once", "twice"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    with pytest.raises(ValueError, match=r"without layers \[1, 3\] is being healed"):
-        depth_pruned.heal(arguments(folder, text, out=str(tmp_path / "once"), drop=[2]))
     target = load_model(folder / "source", dtype=torch.float32, pack=False)
     texts = depth_pruned.conversations(once, target.config)
 

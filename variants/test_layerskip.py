@@ -119,10 +119,13 @@ def test_a_bad_exit_is_named(given, monkeypatch):
         prepare(SimpleNamespace(model=MODEL, configure=lambda method: GraftConfig(method=method)), "layerskip")
 
 
-@pytest.mark.parametrize("method", ["layerskip", "layerskip_graft"])
-def test_the_demo_model_says_what_plain_decoding_says(demo, method):  # noqa: F811
+@pytest.mark.parametrize("method, early, depth", [("layerskip", None, None), ("layerskip", 26, 3), ("layerskip_graft", None, None), ("layerskip_graft", 26, 3)])
+def test_the_demo_model_says_what_plain_decoding_says(demo, method, early, depth, monkeypatch):  # noqa: F811
+    if early:
+        monkeypatch.setenv("LAYERSKIP_EXIT", str(early))
     ids = demo.ids([{"role": "user", "content": "Count from one to twenty in words."}])
     plain, plan = demo.plan("ar"), demo.plan(method)
+    plan.config = replace(plan.config, depth=plan.config.depth if depth is None else depth)
     expected = [t for _, step in run_rounds(demo.model, [Sequence(demo.model, ids, replace(plain.config, max_new_tokens=32), demo.state(plain))]) for t in step.tokens]
     steps = [step for _, step in run_rounds(demo.model, [Sequence(demo.model, ids, replace(plan.config, max_new_tokens=32), demo.state(plan))], plan.verify)]
     assert [t for step in steps for t in step.tokens] == expected and steps[-1].stats.accepted[DRAFT] > 0
