@@ -11,8 +11,8 @@ of anything, and no weight besides the target's. `layerskip` verifies its tree a
 Needs: any target. Guarantees: the text of plain decoding, as every method in graft.py.
 
 A checkpoint trained for early exit (LayerSkip's own: layer dropout that grows with depth, and a loss at every exit) makes the head
-read the first layers' states: E can be a quarter of the layers or less, where an ordinary model's exits agree with its end only
-near the end. On those, calibrate finds that no E pays. The code is the same.
+read the first layers' states well: E can be a quarter of the layers or less, and sharpness 1. An ordinary model's exits agree with
+its end only near the end, and no E pays. The code is the same.
 """
 
 import argparse
@@ -22,29 +22,33 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from depth_pruned import chain_score, choices, forward_cost, held_out, model_folder, through  # noqa: E402
-from graft import Drafter, Sequence, _roomy  # noqa: E402
+from graft import Drafter, GraftConfig, Sequence, _roomy  # noqa: E402
 from model import KVCache, Model, load_model  # noqa: E402
 from train_eagle3 import TEXT  # noqa: E402
 from tree import Tree  # noqa: E402
 
-# By layers and hidden size: E and how many guesses make a chain. For SmolLM2-135M-Instruct by `calibrate --conversations 5` (612 answer
-# tokens), where plain decoding scores 1 and no exit pays: E = 1 scores 0.88 (its head agrees with the end on 8% of the tokens), E = 18
-# 0.68 (15%), E = 29 0.82 (61%).
-CALIBRATED = {(30, 576): (1, 1)}
+# By layers and hidden size: E, how many guesses make a chain, and sharpness. For SmolLM2-135M-Instruct by `calibrate --conversations 5`
+# (612 answer tokens), where plain decoding scores 1 and no exit pays: E = 1 scores 0.88 (its first choice is the target's on 8% of the
+# tokens), E = 18 0.68 (15%), E = 29 0.82 (61%).
+CALIBRATED = {(30, 576): (1, 1, 0.3)}
+SHARPNESS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)   # tried by calibrate
 
 
 def prepare(setup, method: str):
     """The fields of run.py's Plan. E is LAYERSKIP_EXIT if that is set, else what was calibrated, else a quarter of the layers."""
     layers, config = setup.model.config.num_hidden_layers, setup.configure("graft" if method.endswith("graft") else "eagle")
-    early, guesses = CALIBRATED.get((layers, setup.model.config.hidden_size), (max(1, layers // 4), config.depth + 1))
-    given = os.environ.get("LAYERSKIP_EXIT", str(early))
-    if not given.isdecimal() or not 1 <= int(given) < layers:
-        raise ValueError(f"LAYERSKIP_EXIT is {given!r}; expected a number of layers from 1 to {layers - 1}")
-    return replace(config, depth=guesses - 1), lambda: SkipDrafter(setup.model, int(given)), verify
+    early, guesses, sharpness = CALIBRATED.get((layers, setup.model.config.hidden_size), (max(1, layers // 4), config.depth + 1, 1.0))
+    if given := os.environ.get("LAYERSKIP_EXIT"):
+        if not given.isdecimal() or not 1 <= int(given) < layers:
+            raise ValueError(f"LAYERSKIP_EXIT is {given!r}; expected a number of layers from 1 to {layers - 1}")
+        early, guesses, sharpness = int(given), config.depth + 1, 1.0
+    config = replace(config, depth=guesses - 1, trust=GraftConfig.trust)           # calibrated beside a draft head, which knows far better
+    return config, lambda: SkipDrafter(setup.model, early, sharpness), verify
 
 
 def run(model: Model, layers, x: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
@@ -56,11 +60,12 @@ def run(model: Model, layers, x: Tensor, positions: Tensor, cache: KVCache, mask
 
 
 class SkipDrafter(Drafter):
-    """Drafts with the first `early` layers and the head. Its cache is the target's: committed text is there already, and what it
-    drafts stands behind, root first, then `ran`, in the rows of those layers."""
+    """Drafts with the first `early` layers and the head, whose logits are multiplied by `sharpness`: an exit that was never trained is
+    far too sure of itself, and would crowd out better nodes. Its cache is the target's: committed text is there already, and what
+    it drafts stands behind, root first, then `ran`, in the rows of those layers."""
 
-    def __init__(self, model: Model, early: int):
-        self.model, self.early = model, early
+    def __init__(self, model: Model, early: int, sharpness: float = 1.0):
+        self.model, self.early, self.sharpness = model, early, sharpness
         self.ids = torch.arange(model.config.vocab_size, device=model.device)
 
     def share(self, cache: KVCache) -> None:
@@ -83,7 +88,7 @@ class SkipDrafter(Drafter):
     def step(self, tokens: Tensor, hidden: Tensor | None, positions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         x = run(self.model, self.model.layers[:self.early], self.model.embed_tokens(tokens), positions, self.cache, mask)
         self.exits.append(x)
-        return self.model.lm_head(self.model.norm(x)), x
+        return self.model.lm_head(self.model.norm(x)) * self.sharpness, x
 
     def rows(self, tree: Tree) -> list[int | None]:
         """For each node of a tree with the drafted root, which row behind the committed ones it has; None for one that never ran."""
@@ -123,19 +128,23 @@ def verify_one(model: Model, sequence: Sequence, tree: Tree) -> tuple[list[int],
 
 @torch.inference_mode()
 def calibrate(args) -> None:
-    """Score every E as variants/depth_pruned.py scores a draft: tokens per unit of cost, a target forward being one unit."""
+    """Score every E as variants/depth_pruned.py scores a draft: tokens per unit of cost, a target forward being one unit. The
+    sharpness is the one that gives the target's choices the highest likelihood (temperature scaling, arXiv 1706.04599)."""
     model = load_model(model_folder(args), dtype=getattr(torch, args.dtype), device=args.device)
-    texts, layers, agree = held_out(args, model.config), model.config.num_hidden_layers, {}
+    texts, exits = held_out(args, model.config), range(1, model.config.num_hidden_layers)
+    agree, losses = {early: [] for early in exits}, torch.zeros(len(exits) + 1, len(SHARPNESS), dtype=torch.float64)
     for number, (tokens, start) in enumerate(texts):
         states = through(model, model.layers, model.embed_tokens(torch.tensor([tokens], device=model.device)))
         wanted = choices(model, states[-1], start)
-        for early in range(1, layers):
-            agree.setdefault(early, []).append(choices(model, states[early], start) == wanted)
+        for early in exits:
+            logits = model.lm_head(model.norm(states[early][0, start - 1:])).float()
+            agree[early].append(logits.max(-1).indices == wanted)
+            losses[early] += torch.stack([F.cross_entropy(logits * sharpness, wanted, reduction="sum") for sharpness in SHARPNESS]).cpu()
         print(f"\r{number + 1} of {len(texts)} texts ", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    scores = {early: chain_score(found, forward_cost(model.config, early)) for early, found in agree.items()}
+    scores = {early: chain_score(agree[early], forward_cost(model.config, early)) for early in exits}
     for early, score in scores.items():
-        print(f"E {early}: {score}")
+        print(f"E {early}: {score | {'sharpness': SHARPNESS[losses[early].argmin()]}}")
     best = max(scores, key=lambda early: scores[early]["score"])
     print(f"best: E {best} with chains of {scores[best]['guesses']}, {scores[best]['score']} tokens per target forward (plain decoding: 1)")
 
