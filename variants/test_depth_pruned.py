@@ -87,12 +87,12 @@ def test_every_turn_is_plain_decoding(method, kind, prompt, temperature, seed, d
 
 # ---------------------------------------------------------------------------------------------- pruning and checkpoints
 
-def checkpoint(folder: Path, family: str, layers=5) -> Path:
+def checkpoint(folder: Path, family: str, **changes) -> Path:
     transformers = pytest.importorskip("transformers")
     kind, extra = FAMILIES[family]
     config = getattr(transformers, kind + "Config")(**dict(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128, initializer_range=0.3, tie_word_embeddings=False) | extra)
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, initializer_range=0.3, tie_word_embeddings=False) | extra | changes)
     torch.manual_seed(0)
     getattr(transformers, kind + "ForCausalLM")(config).save_pretrained(folder)
     (folder / "tokenizer.json").write_text('{"kept": true}')
@@ -253,10 +253,21 @@ def test_healing_helps_and_an_interrupted_one_ends_the_same(small_text, tmp_path
 
 # ------------------------------------------------------------------------------------------------------ the demo model
 
-def test_a_draft_of_another_vocabulary_gets_one_line(tmp_path):
-    checkpoint(tmp_path, "llama-tied")
-    done = subprocess.run([sys.executable, str(ROOT / "run.py"), "x", "--draft", str(tmp_path)], capture_output=True, text=True, timeout=300)
+def command(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "run.py"), "x", *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_drafts_with_a_model_of_the_same_vocabulary_and_refuses_others(tmp_path):
+    checkpoint(tmp_path / "other", "llama-tied")
+    done = command("--draft", tmp_path / "other")
     assert done.returncode == 1 and f"'vocab_size' is {VOCAB}, but the target's is 49152" in done.stderr and done.stderr.count("\n") == 1
+    checkpoint(tmp_path / "same", "qwen3", vocab_size=49152, tie_word_embeddings=True)
+    done = command("--draft", tmp_path / "same", "--draft-window", 64)
+    assert done.returncode == 1 and "--draft-window is 64, but --draft names a model" in done.stderr and done.stderr.count("\n") == 1
+    done = command("--draft", tmp_path / "same", "--method", "eagle", "--max-new-tokens", 8, "--dtype", "float32", "--compare", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["identical"] and report["statistics"]["nodes"]["draft"] > 0
 
 
 def test_a_model_without_a_draft_is_told_so():
