@@ -248,40 +248,28 @@ def truncate(logits: Tensor, config: GraftConfig) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------ drafter
 
-class EagleDrafter:
-    """Grows a tree from an EAGLE-3 head. Any object with `taps`, `rewind`, `observe` and `expand` can stand in its place: see
-    `variants/`. With a `window`, the head sees at least that many of the last tokens and at most twice as many, which bounds its
-    cache and its cost where the text is long."""
+class Drafter:
+    """Grows a tree by beam search over a draft network's guesses. A subclass says how it reads committed text (`taps`, `rewind`,
+    `observe`) and what one step runs (`step`); `variants/` has others. What stands in its place needs those three and `expand`."""
 
-    def __init__(self, head: Eagle3, window: int | None = None):
-        self.head, self.taps = head, head.taps            # taps: the target's layers whose outputs `observe` is given
-        self.cache: KVCache = head.new_cache(0)
-        self.window, self.dropped = window, 0             # dropped: rows forgotten at the front
-        self.ids = head.to_target(torch.arange(head.config.draft_vocab_size, device=head.d2t.device))
+    taps: tuple[int, ...] = ()            # the target's layers whose outputs `observe` is given
+    cache: KVCache
+    dropped = 0                           # rows forgotten at the front of the text
+    ids: Tensor                           # [draft V]: the network's vocabulary as ids of the target's
 
-    def rewind(self, length: int) -> int:
-        """Forget all but the first `length` tokens of the text, or fewer; returns how many are still known."""
-        known = min(self.dropped + self.cache.length, length - 1)                      # row i also holds token i + 1
-        if self.dropped and known - self.dropped < self.window:                        # less than the window is left: start again
-            known = self.dropped = 0
-        self.cache.length = max(0, known - self.dropped)
-        return self.dropped + self.cache.length
-
-    def observe(self, features: Tensor, tokens: Tensor) -> None:
-        """Read m newly committed positions: tokens [1, m + 1], those and the next root; features [1, m, 3H] of the target."""
-        count, start = tokens.shape[1] - 1, self.cache.length
-        self.cache.reserve(_roomy(start + count + 1))
+    def read(self, tokens: Tensor, hidden: Tensor) -> None:
+        """Run committed tokens [1, m] and keep their rows; what follows the last of them is where a tree starts."""
+        start, count = self.cache.length, tokens.shape[1]
+        self.cache.reserve(_roomy(start + count))
         positions = torch.arange(start, start + count, device=tokens.device)[None] + self.dropped
-        logits, hidden = self.head(tokens[:, 1:], self.head.fc(features), positions, self.cache)
+        logits, hidden = self.step(tokens, hidden, positions, None)
         self.cache.commit(list(range(count)))
         self.logits, self.hidden = logits[:, -1], hidden[:, -1:]
-        if self.window and self.cache.length > 2 * self.window:
-            self.dropped += self.cache.length - self.window
-            self.cache.drop(self.cache.length - self.window)
 
     def expand(self, root: int, depth: int, top_k: int, sampler: Sampler) -> Iterator[Tree]:
         """Yield the tree after expansion step 0 (the root's children), 1, ... `depth`; whoever stops asking stops drafting."""
-        tree, length = Tree.rooted(root), self.cache.length
+        self.tree, self.ran, length = Tree.rooted(root), [], self.cache.length    # ran: the nodes in the order of their cache rows
+        tree = self.tree
         self.cache.reserve(_roomy(length + depth * top_k))
         try:
             frontier = tree.expand([0], *self._children(self.logits, top_k, 0, sampler))
@@ -293,8 +281,9 @@ class EagleDrafter:
                 committed = torch.ones(len(frontier), length, dtype=torch.bool, device=seen.device)
                 positions = torch.full((1, len(frontier)), self.dropped + length + step - 1, device=seen.device)
                 ids = torch.tensor([[tree.tokens[node] for node in frontier]], device=seen.device)
-                logits, out = self.head(ids, hidden, positions, self.cache, torch.cat((committed, seen), dim=1))
+                logits, out = self.step(ids, hidden, positions, torch.cat((committed, seen), dim=1))
                 self.cache.commit(list(range(len(frontier))))
+                self.ran += frontier
                 grown = tree.best(tree.expand(frontier, *self._children(logits[0], top_k, step, sampler)), top_k)
                 row = {node: i for i, node in enumerate(frontier)}
                 above = torch.tensor([row[tree.parents[node]] for node in grown], device=seen.device)
@@ -309,6 +298,53 @@ class EagleDrafter:
         return self.ids[ids].tolist(), values.tolist()
 
 
+class EagleDrafter(Drafter):
+    """Drafts with an EAGLE-3 head, which chains its own features. With a `window`, the head sees at least that many of the last tokens
+    and at most twice as many, which bounds its cache and its cost where the text is long."""
+
+    def __init__(self, head: Eagle3, window: int | None = None):
+        self.head, self.taps, self.cache, self.window = head, head.taps, head.new_cache(0), window
+        self.ids = head.to_target(torch.arange(head.config.draft_vocab_size, device=head.d2t.device))
+
+    def rewind(self, length: int) -> int:
+        """Forget all but the first `length` tokens of the text, or fewer; returns how many are still known."""
+        known = min(self.dropped + self.cache.length, length - 1)                      # row i also holds token i + 1
+        if self.dropped and known - self.dropped < self.window:                        # less than the window is left: start again
+            known = self.dropped = 0
+        self.cache.length = max(0, known - self.dropped)
+        return self.dropped + self.cache.length
+
+    def observe(self, features: Tensor, tokens: Tensor) -> None:
+        """Read m newly committed positions: tokens [1, m + 1], those and the next root; features [1, m, 3H] of the target."""
+        self.read(tokens[:, 1:], self.head.fc(features))
+        if self.window and self.cache.length > 2 * self.window:
+            self.dropped += self.cache.length - self.window
+            self.cache.drop(self.cache.length - self.window)
+
+    def step(self, tokens: Tensor, hidden: Tensor, positions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.head(tokens, hidden, positions, self.cache, mask)
+
+
+class ModelDrafter(Drafter):
+    """Drafts with a whole smaller model of the target's vocabulary. Row i of its cache holds token i, the root included."""
+
+    def __init__(self, model: Model):
+        self.model, self.cache = model, model.new_cache(0)
+        self.ids = torch.arange(model.config.vocab_size, device=model.device)
+
+    def rewind(self, length: int) -> int:
+        self.cache.length = min(self.cache.length, length)
+        return max(0, self.cache.length - 1)                                       # the last token read is a root to `observe`
+
+    def observe(self, features: Tensor | None, tokens: Tensor) -> None:
+        unread = tokens[:, min(1, self.cache.length):]                             # the first was the root last time
+        self.read(unread, torch.empty(*unread.shape, 0, device=unread.device))
+
+    def step(self, tokens: Tensor, hidden: Tensor, positions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A model needs no feature from the step above, so `hidden` [1, n, 0] goes through empty. Without a mask it reads text."""
+        return self.model(tokens, positions, self.cache, mask, last_only=mask is None)[0], hidden
+
+
 def _roomy(rows: int) -> int:
     return -(-rows // 512) * 512   # caches grow in steps, so that a long generation copies them rarely
 
@@ -319,11 +355,13 @@ class State:
     """What outlives a generation: the KV caches and the tokens they stand for, and the two stores. Pass one state to several
     calls of `generate` and a conversation prefills only what is new."""
 
-    def __init__(self, model: Model, drafter: EagleDrafter | None = None, adjacency: AdjacencyMatrix | None = None,
+    def __init__(self, model: Model, drafter: Drafter | None = None, adjacency: AdjacencyMatrix | None = None,
                  ngrams: NGramIndex | None = None):
         self.cache = model.new_cache(0)
         self.tokens: list[int] = []                    # one for each committed row of the cache
         self.drafter = drafter
+        if hasattr(drafter, "share"):                  # one that drafts with the target's own layers uses its cache
+            drafter.share(self.cache)
         self.adjacency = adjacency or AdjacencyMatrix(model.config.vocab_size, device=model.device)
         self.ngrams = ngrams or NGramIndex()
 

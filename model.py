@@ -592,6 +592,17 @@ def _stacked(config: ModelConfig, ours: str, theirs: str, inputs: int, size: int
         f"{ours}mlp.down_proj": {f"{e}down_proj.weight": (H, size) for e in experts}}
 
 
+def checkpoint_layout(model: Model) -> dict[str, dict[str, tuple]]:
+    """For each parameter of a target, the tensors of its checkpoint, with their shapes, that are stacked to make it."""
+    config = model.config
+    parts = {name: {f"model.{name}": tuple(value.shape)} for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    for i in range(config.num_hidden_layers):
+        moe = i in config.moe_layers
+        size = config.moe_intermediate_size if moe else config.intermediate_size
+        parts |= _stacked(config, f"layers.{i}.", f"model.layers.{i}.", config.hidden_size, size, moe)
+    return parts | {"lm_head.weight": parts["embed_tokens.weight"]} if config.tie_word_embeddings else parts
+
+
 def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu",
                pack: bool = True) -> Model:
     """Load a target from a local folder holding config.json and safetensors.
@@ -607,16 +618,10 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, devic
                               f"the checkpoint holds only {len(tensors.shapes)} tensors")
     with torch.device("meta"):
         model = Model(config)
-    parts = {name: {f"model.{name}": tuple(value.shape)} for name, value in model.state_dict().items() if name != "lm_head.weight"}
-    for i in range(config.num_hidden_layers):
-        moe = i in config.moe_layers
-        size = config.moe_intermediate_size if moe else config.intermediate_size
-        parts |= _stacked(config, f"layers.{i}.", f"model.layers.{i}.", config.hidden_size, size, moe)
     optional = {name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
-        parts["lm_head.weight"] = parts["embed_tokens.weight"]
         optional.add("lm_head.weight")
-    _fill(model, tensors, parts, dtype, device, optional)
+    _fill(model, tensors, checkpoint_layout(model), dtype, device, optional)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
     if pack:
@@ -670,3 +675,21 @@ def load_eagle3(folder: str | Path, target: Model, *, pack: bool = True) -> Eagl
     if pack:
         head.pack()
     return head
+
+
+def load_draft(folder: str | Path, target: Model) -> Eagle3 | Model:
+    """What drafts for `target`: an EAGLE-3 head, or a smaller model, where config.json names one of `ARCHITECTURES` and none of the
+    fields that only heads have (EAGLE's own call themselves LlamaForCausalLM too).
+
+    A model must have the target's vocab_size, padding included: so have all Qwen3 sizes (151936) and Llama 3.x (128256). Raises
+    CheckpointError."""
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    names = raw.get("architectures")
+    arch = names[0] if isinstance(names, list) and names else names
+    if arch not in ARCHITECTURES or "draft_vocab_size" in raw or "eagle_config" in raw:
+        return load_eagle3(folder, target)
+    got, want = ModelConfig.read(Path(folder)).vocab_size, target.config.vocab_size
+    if got != want:
+        raise CheckpointError(f"{path}: field 'vocab_size' is {got}, but the target's is {want}: a draft model needs the target's vocabulary")
+    return load_model(folder, dtype=target.dtype, device=target.device)

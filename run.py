@@ -27,8 +27,8 @@ import torch  # noqa: E402
 
 sys.path += [str(Path(__file__).resolve().parent / folder) for folder in ("tools", "variants")]
 from demo_model import demo_model  # noqa: E402
-from graft import METHODS, EagleDrafter, GraftConfig, Sampler, Sequence, State, Stats, run_rounds  # noqa: E402
-from model import Model, fetch_checkpoint, load_eagle3, load_model, read_json  # noqa: E402
+from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, Stats, run_rounds  # noqa: E402
+from model import Model, fetch_checkpoint, load_draft, load_model, read_json  # noqa: E402
 from render_template import render_template  # noqa: E402
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, whole  # noqa: E402
 from tree import Tree  # noqa: E402
@@ -47,7 +47,10 @@ ABLATIONS = {                        # what bench runs besides the methods: the 
     "graft_unmerged": ("graft", dict(merge=False)),
     "graft_no_ngrams": ("graft", dict(ngrams=False)),
 }
-VARIANTS = {}                        # methods of the neighbours, each with its file in variants/
+VARIANTS = {                         # methods of the neighbours, each with its file in variants/
+    "depth_pruned": "depth_pruned", "depth_pruned_graft": "depth_pruned",
+    "layerskip": "layerskip", "layerskip_graft": "layerskip",
+}
 EVERY = [*METHODS, *ABLATIONS, *VARIANTS]
 NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}   # gap of two float32 logits that rounding in this dtype can close
 
@@ -164,7 +167,7 @@ class Setup:
     """A loaded target with all that a command needs to generate."""
 
     model: Model
-    head: object
+    head: object              # what --draft names: an EAGLE-3 head or a smaller Model
     text: Text
     method: str               # the one asked for
     base: GraftConfig         # before calibration
@@ -193,6 +196,8 @@ class Setup:
         config = self.configure(method)
         if METHODS[config.method].draft and not self.head:
             raise ValueError(f"method '{method}' needs a draft head; give --draft")
+        if isinstance(self.head, Model):
+            return Plan(config, lambda: ModelDrafter(self.head))
         return Plan(config, lambda: EagleDrafter(self.head, self.window) if self.head else None)
 
     def configure(self, method: str) -> GraftConfig:
@@ -246,7 +251,9 @@ def set_up(args) -> Setup:
         raise ValueError(f"{folder}: the tokenizer has {text.tokenizer.get_vocab_size()} tokens, the model {model.config.vocab_size}: "
                          "they do not belong together")
     draft = args.draft or (str(DEMO_HEAD) if not args.model and DEMO_HEAD.is_dir() else None)
-    head = load_eagle3(fetch_checkpoint(draft), model) if draft else None
+    head = load_draft(fetch_checkpoint(draft), model) if draft else None
+    if isinstance(head, Model) and args.draft_window:
+        raise ValueError(f"--draft-window is {args.draft_window}, but --draft names a model, which reads all of the text; leave it out")
     method = getattr(args, "method", None) or ("graft" if head else "retrieve")
     chat = text.template is not None if args.chat is None else args.chat
     if chat and text.template is None:
@@ -653,7 +660,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--quiet", action="store_true", help="no statistics")
     add("--model", help="folder or Hub id (default: the demo model)")
     add("--revision", help="of a Hub model")
-    add("--draft", help="EAGLE-3 head: folder or Hub id")
+    add("--draft", help="EAGLE-3 head, or a smaller model of the same vocabulary: folder or Hub id")
     add("--draft-window", type=int, metavar="N", help="let the head see the last N to 2 N tokens only (default: all)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32", "float64"))
