@@ -39,7 +39,11 @@ ABLATIONS = {                        # what bench runs besides the methods: the 
     "graft_no_adjacency": ("graft", dict(adjacency=False)),
     "graft_no_ngrams": ("graft", dict(ngrams=False)),
 }
-VARIANTS = {}                        # methods of the neighbours, each with its file in variants/
+VARIANTS = {                         # methods of the neighbours, each with its file in variants/
+    "universal": "universal", "universal_graft": "universal",
+    "via_sd": "via_sd",
+}
+OWN_DRAFT = {"universal", "universal_graft"}   # variants that load --draft themselves: it is no EAGLE-3 head
 EVERY = [*METHODS, *ABLATIONS, *VARIANTS]
 NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}   # gap of two float32 logits that rounding in this dtype can close
 
@@ -157,11 +161,13 @@ def stop_check(text: Text, stops: list[str]):
 
 @dataclass
 class Plan:
-    """How a method runs: its settings, what drafts for it (a fresh one for each text), and its own `verify` if it has one."""
+    """How a method runs: its settings, what drafts for it (a fresh one for each text), its own `verify` if it has one, and whether
+    its output may differ from plain decoding."""
 
     config: GraftConfig
     new_drafter: Callable = lambda: None
     verify: Callable | None = None
+    lossy: bool = False
 
 
 @dataclass
@@ -179,6 +185,7 @@ class Setup:
     tuned: dict               # by method, what tools/calibrate.py chose for this device
     store: Path | None        # --store: read if it is there, written at the end
     warm: Path | None         # the demo model's own start
+    draft: str | None = None  # --draft, for variants that load their own
 
     def state(self, plan: Plan | None = None) -> State:
         ngrams = NGramIndex()
@@ -239,7 +246,8 @@ def set_up(args) -> Setup:
     if text.tokenizer.get_vocab_size() > model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {text.tokenizer.get_vocab_size()} tokens, the model {model.config.vocab_size}: "
                          "they do not belong together")
-    draft = args.draft or (str(DEMO_HEAD) if not args.model and DEMO_HEAD.is_dir() else None)
+    own = OWN_DRAFT.intersection(getattr(args, "methods", "").split(","), [getattr(args, "method", None)])
+    draft = not own and args.draft or (str(DEMO_HEAD) if not args.model and DEMO_HEAD.is_dir() else None)
     head = load_eagle3(fetch_checkpoint(draft), model) if draft else None
     method = getattr(args, "method", None) or ("graft" if head else "retrieve")
     chat = text.template is not None if args.chat is None else args.chat
@@ -258,7 +266,7 @@ def set_up(args) -> Setup:
         prices = fields.get("verify_cost", ())[:args.budget + 1]
         fields |= {"budget": args.budget, "verify_cost": prices if len(prices) == args.budget + 1 else ()}
     warm = DEMO_STORE if not args.model and not args.cold and DEMO_STORE.exists() else None
-    return Setup(model, head, text, method, config, chat, args.system, corpus, tuned, Path(args.store) if args.store else None, warm)
+    return Setup(model, head, text, method, config, chat, args.system, corpus, tuned, Path(args.store) if args.store else None, warm, args.draft)
 
 
 def read_calibration(path: Path) -> dict:
@@ -376,7 +384,8 @@ def command_generate(args) -> int:
         plain = setup.plan("ar")
         expected, _, _, slow = answer(setup, plain, ids, setup.state(plain), args)
         ratio, same = stats.tokens / seconds / (len(expected) / slow), expected == output
-        line += f"; {ratio:.2f}x plain decoding, output {'identical' if same else 'differs (rounding: see README)'}"
+        reason = "lossy method" if plan.lossy else "rounding: see README"
+        line += f"; {ratio:.2f}x plain decoding, output {'identical' if same else f'differs ({reason})'}"
         if args.json:
             report |= {"speedup": ratio, "identical": same}
     if args.json:
@@ -485,6 +494,13 @@ def first_difference(setup: Setup, exact: Model, ids: list[int], a: list[int], b
     return "near_tie" if gap <= NEAR_TIE[str(setup.model.dtype).removeprefix("torch.")] else "different"
 
 
+def agreement(plain: list[list[int]], other: list[list[int]]) -> dict:
+    """Of a lossy method: the shares of tokens before an output's first difference, and of those that are the same in the same place."""
+    same, count = [[x == y for x, y in zip(*pair)] for pair in zip(plain, other)], sum(max(map(len, pair)) for pair in zip(plain, other))
+    return {"before_first_difference": round(sum([*row, False].index(False) for row in same) / count, 4),
+            "by_position": round(sum(map(sum, same)) / count, 4)}
+
+
 def finished(partial: Path, key: str) -> list[dict]:
     """The prompts that an interrupted run of the same benchmark has finished; leaves a file that holds no others."""
     lines = partial.read_text(encoding="utf-8").split("\n") if partial.exists() else []
@@ -542,22 +558,25 @@ def command_bench(args) -> int:
         "by_task": {task: total(of(name, task), of("ar", task)) for task in tasks},
         **{key: {k: round(sum(r[key].get(k, 0) for r in runs[name]), 3) for k in sorted({k for r in runs[name] for k in r[key]})}
            for key in ("steps", "nodes", "merged", "accepted", "stages")}} for name in methods}
-    exact = setup.model
-    if exact.dtype != torch.float32 and any(outputs[name] != outputs["ar"] for name in methods):
+    exact, exacting = setup.model, [name for name in methods if not plans[name].lossy]
+    if exact.dtype != torch.float32 and any(outputs[name] != outputs["ar"] for name in exacting):
         exact = load_model(fetch_checkpoint(args.model, args.revision) if args.model else demo_model(say),
                            dtype=torch.float32, device=setup.model.device)
-    kinds = {name: [first_difference(setup, exact, *triple) for triple in zip(encoded, outputs["ar"], outputs[name])] for name in methods}
-    lossless = {name: {kind: kinds[name].count(kind) for kind in ("identical", "near_tie", "different")} for name in methods}
+    kinds = {name: [first_difference(setup, exact, *triple) for triple in zip(encoded, outputs["ar"], outputs[name])] for name in exacting}
+    lossless = {name: {kind: kinds[name].count(kind) for kind in ("identical", "near_tie", "different")} for name in exacting}
+    agreeing = {name: agreement(outputs["ar"], outputs[name]) for name in methods if plans[name].lossy}
     width = max(map(len, methods)) + 2
     print(f"{'':{width}}{'all':>22}" + "".join(f"{task:>22.20}" for task in tasks))
     for name in methods:
         cells = [table[name], *(table[name]["by_task"][task] for task in tasks)]
         print(f"{name:{width}}" + "".join(f"{c['tokens_per_second']:>9.1f} {c['speedup']:>5.2f}x {c['mean_accepted']:>5.2f}" for c in cells))
-    print("tokens/s, speedup over ar, tokens a round;", ", ".join(f"{n}: {c['different']} different" for n, c in lossless.items()))
+    verdicts = [f"{n}: {c['different']} different" for n, c in lossless.items()]
+    verdicts += [f"{n}: lossy, {c['by_position']:.0%} as plain decoding" for n, c in agreeing.items()]
+    print("tokens/s, speedup over ar, tokens a round;", ", ".join(verdicts))
     if args.json:
         command = "python run.py " + " ".join(a if "/" not in a else Path(a).name for a in sys.argv[1:])
         report = {"command": command, "environment": environment(setup), "warm_start": bool(setup.warm or setup.store), "prompts": len(prompts),
-                  "config": {name: asdict(config) for name, config in configs.items()}, "methods": table, "lossless": lossless}
+                  "config": {name: asdict(config) for name, config in configs.items()}, "methods": table, "lossless": lossless, "agreement": agreeing}
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         partial.unlink()
     return 1 if any(c["different"] for c in lossless.values()) else 0
@@ -592,7 +611,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--quiet", action="store_true", help="no statistics")
     add("--model", help="folder or Hub id (default: the demo model)")
     add("--revision", help="of a Hub model")
-    add("--draft", help="EAGLE-3 head: folder or Hub id")
+    add("--draft", help="EAGLE-3 head, or the draft model of universal: folder or Hub id")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32", "float64"))
     add("--max-new-tokens", type=int, default=128 if command == "bench" else 512)
