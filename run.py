@@ -246,7 +246,7 @@ def set_up(args) -> Setup:
     if text.tokenizer.get_vocab_size() > model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {text.tokenizer.get_vocab_size()} tokens, the model {model.config.vocab_size}: "
                          "they do not belong together")
-    own = OWN_DRAFT.intersection(getattr(args, "methods", "").split(","), [getattr(args, "method", None)])
+    own = OWN_DRAFT & {*getattr(args, "methods", "").split(","), getattr(args, "method", None)}
     draft = not own and args.draft or (str(DEMO_HEAD) if not args.model and DEMO_HEAD.is_dir() else None)
     head = load_eagle3(fetch_checkpoint(draft), model) if draft else None
     method = getattr(args, "method", None) or ("graft" if head else "retrieve")

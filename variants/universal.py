@@ -320,7 +320,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     fit = parser.add_subparsers(dest="command", required=True).add_parser("train", help="train a draft model for the demo model")
     fit.add_argument("--out", required=True, help="folder for the draft model")
-    fit.add_argument("--tokens", type=int, default=3_000_000, help="training tokens, repetitions included")
+    fit.add_argument("--tokens", type=int, default=900_000, help="training tokens, repetitions included")
     fit.add_argument("--vocab", type=int, default=2048)
     fit.add_argument("--hidden", type=int, default=192, help="width, a multiple of 96")
     fit.add_argument("--layers", type=int, default=2)

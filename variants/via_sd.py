@@ -28,8 +28,8 @@ from graft import EagleDrafter, Sequence  # noqa: E402
 from model import Model  # noqa: E402
 from tree import Tree  # noqa: E402
 
-KEPT = 2 / 3      # share of the target's layers that the slim verifier runs
-SURE = 0.9        # probability from which the slim verifier's pick is settled without the full model
+KEPT = 0.8        # share of the target's layers that the slim verifier runs
+SURE = 0.7        # probability from which the slim verifier's pick is settled without the full model
 UNREAD = 16       # most tokens that may be settled before the full model reads them
 
 
