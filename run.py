@@ -50,7 +50,10 @@ ABLATIONS = {                        # what bench runs besides the methods: the 
 VARIANTS = {                         # methods of the neighbours, each with its file in variants/
     "depth_pruned": "depth_pruned", "depth_pruned_graft": "depth_pruned",
     "layerskip": "layerskip", "layerskip_graft": "layerskip",
+    "universal": "universal", "universal_graft": "universal",
+    "via_sd": "via_sd",
 }
+OWN_DRAFT = {"universal", "universal_graft"}   # variants that load --draft themselves
 EVERY = [*METHODS, *ABLATIONS, *VARIANTS]
 NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}   # gap of two float32 logits that rounding in this dtype can close
 
@@ -155,11 +158,13 @@ def stop_check(text: Text, stops: list[str]):
 
 @dataclass
 class Plan:
-    """How a method runs: its settings, what drafts for it (a fresh one for each text), and its own `verify` if it has one."""
+    """How a method runs: its settings, what drafts for it (a fresh one for each text), its own `verify` if it has one, and whether
+    its output may differ from plain decoding."""
 
     config: GraftConfig
     new_drafter: Callable = lambda: None
     verify: Callable | None = None
+    lossy: bool = False
 
 
 @dataclass
@@ -179,6 +184,7 @@ class Setup:
     window: int | None        # of the draft head
     store: Path | None        # --store: read if it is there, written at the end
     warm: Path | None         # the demo model's own start
+    draft: str | None = None  # --draft, for variants that load their own
 
     def state(self, plan: Plan | None = None) -> State:
         ngrams = NGramIndex()
@@ -250,7 +256,8 @@ def set_up(args) -> Setup:
     if text.tokenizer.get_vocab_size() > model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {text.tokenizer.get_vocab_size()} tokens, the model {model.config.vocab_size}: "
                          "they do not belong together")
-    draft = args.draft or (str(DEMO_HEAD) if not args.model and DEMO_HEAD.is_dir() else None)
+    own = OWN_DRAFT & {*(getattr(args, "methods", None) or "").split(","), getattr(args, "method", None)}
+    draft = not own and args.draft or (str(DEMO_HEAD) if not args.model and DEMO_HEAD.is_dir() else None)
     head = load_draft(fetch_checkpoint(draft), model) if draft else None
     if isinstance(head, Model) and args.draft_window:
         raise ValueError(f"--draft-window is {args.draft_window}, but --draft names a model, which reads all of the text; leave it out")
@@ -272,7 +279,7 @@ def set_up(args) -> Setup:
         fields |= {"budget": args.budget, "verify_cost": prices if len(prices) == args.budget + 1 else ()}
     warm = DEMO_STORE if not args.model and not args.cold and DEMO_STORE.exists() else None
     return Setup(model, head, text, method, config, chat, args.system, corpus, tuned, folder, args.draft_window,
-                 Path(args.store) if args.store else None, warm)
+                 Path(args.store) if args.store else None, warm, args.draft)
 
 
 def read_calibration(path: Path) -> dict:
@@ -384,7 +391,8 @@ def command_generate(args) -> int:
             stats.finish = "interrupted"
         else:
             ratio, same = stats.tokens / seconds / (len(expected) / slow), expected == output
-            line += f"; {ratio:.2f}x plain decoding, output {'identical' if same else 'differs (rounding: see README)'}"
+            reason = "lossy method" if plan.lossy else "rounding: see README"
+            line += f"; {ratio:.2f}x plain decoding, output {'identical' if same else f'differs ({reason})'}"
             if args.json:
                 report |= {"speedup": ratio, "identical": same}
     if args.json:
@@ -502,6 +510,13 @@ def divergence(exact: Model, config: GraftConfig, prompt: list[int], plain: list
             "float32_logits": {name: round(float(logits[0, token]), 4) for name, token in pair.items()}}
 
 
+def agreement(plain: list[list[int]], other: list[list[int]]) -> dict:
+    """Of a lossy method: the shares of tokens before an output's first difference, and of those that are the same in the same place."""
+    same, count = [[x == y for x, y in zip(*pair)] for pair in zip(plain, other)], sum(max(map(len, pair)) for pair in zip(plain, other))
+    return {"before_first_difference": round(sum([*row, False].index(False) for row in same) / count, 4),
+            "by_position": round(sum(map(sum, same)) / count, 4)}
+
+
 def finished(partial: Path, key: str) -> list[dict]:
     """The prompts that an interrupted run of the same benchmark has finished; leaves a file that holds no others."""
     lines = partial.read_text(encoding="utf-8").split("\n") if partial.exists() else []
@@ -609,20 +624,24 @@ def command_bench(args) -> int:
         "by_task": {task: total(of(name, task), of("ar", task)) for task in tasks},
         **{key: {k: round(sum(r[key].get(k, 0) for r in runs[name]), 3) for k in sorted({k for r in runs[name] for k in r[key]})}
            for key in ("steps", "nodes", "merged", "accepted", "stages")}} for name in methods}
-    exact = setup.exact() if any(outputs[name] != outputs["ar"] for name in methods) else setup.model
+    exacting = [name for name in methods if not plans[name].lossy]
+    exact = setup.exact() if any(outputs[name] != outputs["ar"] for name in exacting) else setup.model
     kinds = {name: [divergence(exact, configs["ar"], *triple, setup.tie)["kind"] for triple in zip(encoded, outputs["ar"], outputs[name])]
-             for name in methods}
-    lossless = {name: {kind: kinds[name].count(kind) for kind in ("identical", "near_tie", "different")} for name in methods}
+             for name in exacting}
+    lossless = {name: {kind: kinds[name].count(kind) for kind in ("identical", "near_tie", "different")} for name in exacting}
+    agreeing = {name: agreement(outputs["ar"], outputs[name]) for name in methods if plans[name].lossy}
     width = max(map(len, methods)) + 2
     print(f"{'':{width}}{'all':>22}" + "".join(f"{task:>22.20}" for task in tasks))
     for name in methods:
         cells = [table[name], *(table[name]["by_task"][task] for task in tasks)]
         print(f"{name:{width}}" + "".join(f"{c['tokens_per_second']:>9.1f} {c['speedup']:>5.2f}x {c['mean_accepted']:>5.2f}" for c in cells))
-    print("tokens/s, speedup over ar, tokens a round;", ", ".join(f"{n}: {c['different']} different" for n, c in lossless.items()))
+    verdicts = [f"{n}: {c['different']} different" for n, c in lossless.items()]
+    verdicts += [f"{n}: lossy, {c['by_position']:.0%} as plain decoding" for n, c in agreeing.items()]
+    print("tokens/s, speedup over ar, tokens a round;", ", ".join(verdicts))
     if args.json:
         report = {"command": command_line(), "environment": environment(setup), "warm_start": bool(setup.warm or setup.store), "prompts": len(prompts),
-                  "batch_size": args.batch_size,
-                  "config": {name: asdict(config) for name, config in configs.items()}, "methods": table, "lossless": lossless}
+                  "batch_size": args.batch_size, "config": {name: asdict(config) for name, config in configs.items()}, "methods": table,
+                  "lossless": lossless, "agreement": agreeing}
         with whole(args.json) as file:
             file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         partial.unlink()
@@ -660,7 +679,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--quiet", action="store_true", help="no statistics")
     add("--model", help="folder or Hub id (default: the demo model)")
     add("--revision", help="of a Hub model")
-    add("--draft", help="EAGLE-3 head, or a smaller model of the same vocabulary: folder or Hub id")
+    add("--draft", help="EAGLE-3 head, or a smaller model (of any vocabulary for `universal`): folder or Hub id")
     add("--draft-window", type=int, metavar="N", help="let the head see the last N to 2 N tokens only (default: all)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32", "float64"))
