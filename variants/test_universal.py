@@ -4,6 +4,7 @@ The toy tokenizers are byte-level BPE of different vocabulary, splitting, normal
 and in float64, so their text is mostly broken characters.
 """
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -22,7 +23,8 @@ from model import load_model
 from test_graft import checkpoint, collect, command, demo, full_forward, plain_greedy, tiny  # noqa: F401
 from universal import ByteTokenizer, Translator, UniversalDrafter
 
-SAMPLE = "Hello, the sky isn't blue 2024.  def f(x):\n    return x + 1\n日本語のテキスト — naïve café, e\u0301 🙂👩‍🚀 <|end|> Привет"
+SAMPLE = ("Hello, the sky isn't blue 2024.  def f(x):\n    return x + 1\n日本語のテキスト — naïve café, e\u0301 🙂👩‍🚀 "
+          "<|end|> Привет")
 
 
 def toy(size, control, splitter, normalizer=None, more=""):
@@ -86,6 +88,7 @@ def whole_view(tokens: list[int]) -> list[int]:
 
 
 @given(st.one_of(anything.map(PAIR.target.encode), st.lists(st.integers(0, 289), max_size=30)), st.integers(1, 4), st.integers(0, 30))
+@example(PAIR.target.tokens(list("ab'll")), 1, 3)                                       # "'" + "l" are two words, "'ll" is one
 def test_the_drafts_view_of_a_growing_text_is_that_of_the_whole(tokens, step, kept):
     drafter = UniversalDrafter(DRAFTER, PAIR)
     for at in range(0, len(tokens), step):
@@ -141,13 +144,57 @@ def test_the_drafts_cache_is_a_fresh_forward_and_reads_only_what_is_new(tokens, 
         assert n == len(drafter.cached) <= 40 and (drafter.cache.keys[:, :, :, :n] - rows.keys[:, :, :, :n]).abs().max() < 1e-9
 
 
-@given(st.lists(st.integers(0, 289), min_size=1, max_size=8))
-def test_first_guesses_share_out_the_probability(tokens):
-    drafter = UniversalDrafter(DRAFTER, PAIR)
-    drafter.observe(None, torch.tensor([tokens]))
-    tree, = drafter.expand(tokens[-1], 0, 330, Sampler(GraftConfig(), 290, "cpu"))
-    first = [torch.tensor(tree.scores[node]).exp() for node in range(1, len(tree)) if tree.parents[node] == 0]
-    assert 0 < sum(first) < 1 + 1e-4
+def plain_expand(model, tokens: list[int], depth: int, top_k: int) -> dict[tuple, float]:
+    """What a drafter should draft behind `tokens`, without cache: paths of target tokens with their scores."""
+    end = TARGET.token_to_id("<|end|>")
+    after = len(tokens) - tokens[::-1].index(end) if end in tokens else 0
+    word = (PAIR.draft.words(PAIR.target.spell(tokens[after:])) or [""])[-1]
+    last, text = PAIR.draft.tokens([word]), whole_view(tokens)
+    before = text[:len(text) - len(last)]
+    if not before or len(last) > universal.HELD:
+        before, last = text, []
+
+    def logprobs(ids):
+        return full_forward(model, ids)[0][0, -1].masked_fill(PAIR.mute, -torch.inf).log_softmax(-1)
+
+    spelled, options = PAIR.draft.spell(last), []               # (score, draft tokens of the text and the guess, bytes of the guess)
+    if last:
+        row = logprobs(before)
+        likely = sorted((i for i, data in PAIR.plain.items() if data.startswith(spelled) and data != spelled), key=lambda i: -row[i])[:top_k]
+        fits = lambda tokens: any(PAIR.target.spell(tokens[:n]) == spelled for n in range(len(tokens)))
+        options = [(float(row[i]), before + [i], PAIR.plain[i][len(spelled):]) for i in likely if fits(PAIR.target.encode(PAIR.plain[i]))]
+    stays = sum(float(logprobs(before + last[:i])[token]) for i, token in enumerate(last)) if options else 0.0
+    whole = math.log(sum(math.exp(score) for score, *_ in options) + math.exp(stays))
+    options, score, ids, chain = [(score - whole, *rest) for score, *rest in options], stays - whole, before + last, []
+    paths, branches = {}, []
+    for step in range(depth + 1):
+        row = logprobs(ids)
+        options += [(score + float(row[i]), ids + [i], PAIR.plain.get(i, b"")) for i in sorted(range(len(row)), key=lambda i: -row[i])[:top_k]]
+        (score, ids, data), *rivals = sorted(options, reverse=True)[:top_k]
+        branches += [PAIR.branch([*chain, (guess, value)], other[-1]) for value, other, guess in rivals if value > universal.LEAST]
+        chain, options = [*chain, (data, score)], []
+        if ids[-1] in PAIR.namesake or score < universal.LEAST:
+            break
+    for out, _, scores in [*branches, PAIR.branch(chain, ids[-1])]:
+        for n, value in enumerate(scores, 1):
+            paths[tuple(out[:n])] = max(value, paths.get(tuple(out[:n]), -math.inf))
+    return paths
+
+
+@given(st.one_of(anything.map(PAIR.target.encode), st.lists(st.integers(0, 289), max_size=12)), st.integers(0, 289),
+       st.integers(0, 4), st.integers(1, 5))
+@example(PAIR.target.encode("a 日".encode()[:3]), PAIR.target.encode("日".encode()[1:2])[0], 2, 5)     # two thirds of a character
+def test_it_drafts_what_a_plain_search_finds(tokens, root, depth, top_k):
+    """One drafter reads a growing text; after each part its tree must be that of a search from scratch."""
+    model = tiny(6, context=512, vocab_size=330)
+    drafter, tokens = UniversalDrafter(model, PAIR), [*tokens, root]
+    for at in {len(tokens) // 2, len(tokens) - 1}:
+        at = max(at, len(drafter.text))
+        drafter.observe(None, torch.tensor([tokens[len(drafter.text):at + 1]]))
+        tree, = drafter.expand(tokens[at], depth, top_k, Sampler(GraftConfig(), 290, "cpu"))
+        got = {tuple(tree.tokens[i] for i in tree.path(node)): tree.scores[node] for node in range(1, len(tree))}
+        expected = plain_expand(model, tokens[:at + 1], depth, top_k)
+        assert got.keys() == expected.keys() and all(abs(got[path] - expected[path]) < 1e-4 for path in got)
 
 
 # ------------------------------------------------------------------------------------------- checkpoints, end to end
@@ -173,8 +220,8 @@ def test_the_small_draft_model_helps_the_demo_model(demo, method):  # noqa: F811
 
 
 def test_train_makes_a_draft_model_that_runs(tmp_path):
-    done = subprocess.run([sys.executable, universal.__file__, "train", "--out", str(tmp_path), "--tokens", "600", "--vocab", "300", "--hidden", "96",
-                           "--layers", "1", "--context", "64", "--batch", "2"], capture_output=True, text=True, timeout=600)
+    tiny_one = "--tokens 600 --vocab 300 --hidden 96 --layers 1 --context 64 --batch 2".split()
+    done = subprocess.run([sys.executable, universal.__file__, "train", "--out", str(tmp_path), *tiny_one], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "held out" in done.stdout, done.stderr
     done = command("Say hello.", "--method", "universal", "--draft", str(tmp_path), "--max-new-tokens", "8", "--dtype", "float32", "--compare")
     assert done.returncode == 0 and "identical" in done.stderr, done.stderr
@@ -182,7 +229,8 @@ def test_train_makes_a_draft_model_that_runs(tmp_path):
 
 def test_a_draft_that_cannot_be_used_is_named(demo, tmp_path):  # noqa: F811
     checkpoint(tmp_path)
-    for tokenizer, words in ((None, "tokenizer.json"), (DRAFT, "330 tokens, the model 8"), (Tokenizer(models.WordLevel({"a": 0}, "a")), "byte-level BPE")):
+    words_only = Tokenizer(models.WordLevel({"a": 0}, "a"))
+    for tokenizer, words in ((None, "tokenizer.json"), (DRAFT, "330 tokens, the model 8"), (words_only, "byte-level BPE")):
         if tokenizer:
             tokenizer.save(str(tmp_path / "tokenizer.json"))
         with pytest.raises(ValueError, match=words):

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+import run
 import via_sd
-from graft import EagleDrafter, GraftConfig, Sequence, State, run_rounds
+from graft import EagleDrafter, GraftConfig, Sampler, Sequence, State, run_rounds
 from model import Model
 from test_graft import HEAD, MODEL, VOCAB, command, plain_greedy, plain_sampling, tokens_of
 
@@ -79,6 +80,27 @@ def test_what_the_full_model_has_read_is_a_fresh_forward(prompt, head, sure, mos
     assert any(seen) or sure > 0
 
 
+def test_settled_tokens_stay_and_the_full_model_goes_on_behind_them():
+    """With SURE at 0 all that the draft and the slim verifier agree on is settled; `most` = 1 then sends such rounds to the full model."""
+    calls, whole, overruled = [], Sampler.pick, 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "pick", lambda self, logits, tree: calls.append((tree, whole(self, logits, tree))) or calls[-1][1])
+        for token in range(VOCAB):
+            config, state = GraftConfig(max_new_tokens=30, budget=8, eos_token_ids=()), State(MODEL, via_sd.TieredDrafter(EagleDrafter(HEAD)))
+            sequence = Sequence(MODEL, [token], config, state)
+            for _, step in run_rounds(MODEL, [sequence], partial(via_sd.verify, slim=SLIM, sure=0.0, most=1)):
+                if step.tree and not step.stats.finish:
+                    tree, picks = calls[0]
+                    settled = [tree.tokens[node] for node in tree.accept(picks)[1:]]
+                    assert step.tokens[:len(settled)] == settled and (len(calls) == 2 or not settled)
+                    if settled:
+                        tree, picks = calls[1]
+                        assert step.tokens[len(settled):] == [*(tree.tokens[i] for i in step.path[len(settled) + 1:]), picks[step.path[-1]]]
+                        overruled += picks[0] != settled[0]
+                calls.clear()
+    assert overruled > 3
+
+
 @given(tokens_of(1, 6), st.sampled_from([HEAD, None]))
 def test_rows_that_the_full_model_has_not_written_are_not_reused(prompt, head):
     state = State(MODEL, via_sd.TieredDrafter(EagleDrafter(head) if head else None))
@@ -90,10 +112,15 @@ def test_rows_that_the_full_model_has_not_written_are_not_reused(prompt, head):
         prompt = following[-12:]
 
 
+def test_agreement_is_a_share_of_tokens():
+    assert run.agreement([[1, 2, 3, 4], [5]], [[1, 2, 9, 4], [5, 6]]) == {"before_first_difference": 0.5, "by_position": 0.6667}
+
+
 def test_the_demo_model_says_that_it_is_lossy_and_how_far_it_agrees(tmp_path):
     prompts = tmp_path / "p.jsonl"
     prompts.write_text(json.dumps({"id": 0, "task": "t", "turns": ["Count from one to ten in words."]}))
-    done = command("bench", "--prompts", str(prompts), "--methods", "ar,via_sd", "--max-new-tokens", "40", "--dtype", "float32", "--json", str(tmp_path / "out"))
+    done = command("bench", "--prompts", str(prompts), "--methods", "ar,via_sd", "--max-new-tokens", "40", "--dtype", "float32",
+                   "--json", str(tmp_path / "out"))
     assert done.returncode == 0 and "not lossless" in done.stderr, done.stderr
     report = json.loads((tmp_path / "out").read_text())
     assert "via_sd" not in report["lossless"] and 0 < report["agreement"]["via_sd"]["before_first_difference"] <= 1

@@ -4,7 +4,7 @@ Source: Universal Assisted Generation (Intel Labs and Hugging Face, 2024); Timor
 Speculative Decoding Algorithms for Heterogeneous Vocabularies", arXiv 2502.05202: its string-level exact match.
 Changes: what drafts. The draft model reads the text in its own tokens, drafts a likely chain with rivals beside it, and their
 bytes come back as branches of target tokens. Bytes, not strings, so that half characters survive; the tokens at the border are
-aligned both ways (`Translator.longer`). The draft's KV cache is kept as far as its tokens of the text stay the same.
+aligned (`Translator.longer`). The draft's KV cache is kept as far as its tokens of the text stay the same.
 Needs: byte-level BPE tokenizers (GPT-2, Llama 3, Qwen, SmolLM2) on both sides and a draft model, `--draft` (folder or Hub id).
 Guarantees: the output of plain decoding; a branch is only a guess.
 
@@ -121,7 +121,7 @@ class Translator:
         likeliest, those in which the target too has a border behind `word`; else it would have chosen another token there."""
         start, end = bisect_left(self.sorted, (word + b"\0",)), bisect_left(self.sorted, (word + b"\xff" * 256,))
         values, best = logprobs[self.ids[start:end]].topk(min(k, end - start))
-        found = zip(values.tolist(), self.ids[start:end][best].tolist())
+        found = [(value, self.sorted[start + i][1]) for value, i in zip(values.tolist(), best.tolist())]
         return [(value, i) for value, i in found if len(word) in self.target.ends(self.target.encode(self.plain[i]))]
 
 
@@ -171,26 +171,32 @@ class UniversalDrafter:
         """Keep this many rows of the cache."""
         self.cache.length, self.cached = rows, self.cached[:rows]
 
-    def expand(self, root: int, depth: int, top_k: int, sampler) -> Iterator[Tree]:
-        """Yield one tree: the greedy chain of at most depth + 1 draft tokens, and at each of them its likely rivals, top_k - 1 at most."""
-        translate, draft = self.translator, self.translator.draft
-        ids, rest = translate.extend(self.ids, self.rest, [root])
+    def catch_up(self, root: int, depth: int) -> tuple[list[int], Tensor]:
+        """Read the text with its root. Returns the draft tokens of its last word, which may turn out to begin a longer token, and the
+        log-probabilities [len + 1, V] before that word and after each of its tokens. Leaves room for depth more."""
+        draft = self.translator.draft
+        ids, rest = self.translator.extend(self.ids, self.rest, [root])
         *words, word = draft.words(rest) or [""]
-        ids, last = ids + draft.tokens(words), draft.tokens([word])     # `last` may turn out to begin a longer token
+        ids, last = ids + draft.tokens(words), draft.tokens([word])
         if not ids or len(last) > HELD:
             ids, last = ids + last or [0], []                           # 0: anything, where the text spells nothing
         half = self.model.config.max_position_embeddings // 2
-        over = len(ids) + len(last) + depth + 1 - 2 * half
+        over = len(ids) + len(last) + depth - 2 * half
         ids = ids[max(0, -(-over // half)) * half:]                     # a full context drops its older half
         self.forget(shared(self.cached, ids[:-1]))
         for start in range(self.cache.length, len(ids) - 1, 256):
             self.forward(ids[start:min(start + 256, len(ids) - 1)], last_only=True)
-        logprobs = self.forward(ids[-1:] + last)                        # before the last word, after each of its tokens
+        return last, self.forward(ids[-1:] + last)
 
-        longer = translate.longer(draft.spell(last), logprobs[0], top_k) if last else []
+    def expand(self, root: int, depth: int, top_k: int, sampler) -> Iterator[Tree]:
+        """Yield one tree: the greedy chain of at most depth + 1 draft tokens, and at each of them its likely rivals, top_k - 1 at most."""
+        translate = self.translator
+        last, logprobs = self.catch_up(root, depth)
+        word = translate.draft.spell(last)
+        longer = translate.longer(word, logprobs[0], top_k) if last else []
         score = float(logprobs[range(len(last)), last].sum()) if longer else 0.0
         total = float(torch.tensor([score, *(value for value, _ in longer)]).logsumexp(0))
-        choices = [(value - total, i, translate.plain[i][len(draft.spell(last)):], len(last)) for value, i in longer]
+        choices = [(value - total, i, translate.plain[i][len(word):], len(last)) for value, i in longer]
         score, chain, branches = score - total, [], []
         for step in range(depth + 1):
             values, best = logprobs[-1].topk(min(top_k, logprobs.shape[-1]))
