@@ -140,6 +140,7 @@ def train(args) -> None:
             raise SystemExit(f"error: argument --{name} is {value}; expected {accepted}")
     counts = sum(torch.bincount(safe_open(path, "pt").get_tensor("tokens").long(), minlength=target.config.vocab_size) for path in shards)
     mask = state["mask"] if state else int(counts.argmin())                        # a token that the text does not use
+    rows = target.lm_head.weight[counts.argsort(descending=True, stable=True)[:args.vocab]]   # the loss is taken over what it uses most
     net = new_net(target, (1, L // 2 - 1, L - 4), args.layers, args.block, mask).float().to(args.device)
     matrices, others = [p for p in net.parameters() if p.dim() == 2], [p for p in net.parameters() if p.dim() == 1]
     optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
@@ -166,9 +167,9 @@ def train(args) -> None:
             row = torch.arange(len(tokens), device=args.device)[:, None, None].expand_as(after)
             weight = fade.expand_as(inside)[inside]                                # [r]: the guesses inside the text
             with torch.no_grad():
-                wanted = target.lm_head(target.norm(features[row[inside], after[inside], -H:].to(target.dtype))).float().softmax(-1)   # [r, V]
+                wanted = F.linear(target.norm(features[row[inside], after[inside], -H:].to(target.dtype)), rows).float().softmax(-1)
             with torch.autocast(args.device.split(":")[0], torch.bfloat16):
-                logits = target.lm_head(denoise(net, target, tokens, features[..., :-H], roots)[inside])
+                logits = F.linear(denoise(net, target, tokens, features[..., :-H], roots)[inside], rows)              # [r, vocab]
             loss = (F.cross_entropy(logits.float(), wanted, reduction="none") * weight).sum() / weight.sum()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(matrices + others, 1.0)
@@ -207,6 +208,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--block", type=int, default=8, help="tokens a block, the root included")
     parser.add_argument("--tokens", type=int, default=4_000_000, help="training tokens, repetitions included")
+    parser.add_argument("--vocab", type=int, default=16384, help="tokens that the loss is taken over: the text's most frequent")
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--spacing", type=int, default=4, help="tokens of an answer for each block that is rooted in it")
     parser.add_argument("--fade", type=float, default=0.8, help="weight of a position's loss relative to the one before")

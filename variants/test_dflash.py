@@ -319,23 +319,22 @@ def test_training_learns_continues_and_writes_what_drafts(tmp_path, monkeypatch,
     save_target(tmp_path / "target", tiny())
     target, rng = load_model(tmp_path / "target", dtype=torch.float32), torch.Generator().manual_seed(0)
     assert (full_forward(target, [1, 2, 3])[0] - full_forward(MODEL, [1, 2, 3])[0]).abs().max() < 1e-3
-    for shard in range(2):
-        conversations = []
-        for _ in range(24):
-            text = torch.randint(0, VOCAB - 1, (4,), generator=rng).tolist()       # the last token stays unused
-            text += plain_sampling(target, text, 20, GraftConfig())
-            features = full_forward(target, text, taps=(1, 2, 2, 5))[1][0].bfloat16()
-            conversations.append((torch.tensor(text, dtype=torch.int32), 4, features))
+    conversations = []
+    for _ in range(24):
+        text = torch.randint(0, VOCAB - 1, (4,), generator=rng).tolist()           # the last token stays unused
+        text += plain_sampling(target, text, 20, GraftConfig())
+        conversations.append((torch.tensor(text, dtype=torch.int32), 4, full_forward(target, text, taps=(1, 2, 2, 5))[1][0].bfloat16()))
+    for shard in range(2):                                                         # validated on what it learns: the target is random
         write_shard(tmp_path / f"shard-{shard:05d}.safetensors", conversations)
     arguments = ["--model", str(tmp_path / "target"), "--data", str(tmp_path), "--device", "cpu", "--out", str(tmp_path / "out"), "--layers", "1", "--block", "4",
-                 "--batch-tokens", "256", "--validate", "40"]
+                 "--batch-tokens", "72", "--validate", "100", "--lr", "0.05"]
     for tokens in (12000, 24000):
         monkeypatch.setattr(sys, "argv", ["train_dflash.py", *arguments, "--tokens", str(tokens)])
         train_dflash.main()
     assert "continuing after" in capsys.readouterr().out
     history = json.loads((tmp_path / "out" / "training.json").read_text())["held_out"]
-    assert history[-1]["loss"] < 0.8 * history[0]["loss"] and history[-1]["accepted"][0] > 3 / VOCAB
-    assert history[-1]["accepted"] == sorted(history[-1]["accepted"], reverse=True) or history[-1]["tokens"] >= 24000
+    first, last = history[0], history[-1]
+    assert last["tokens"] >= 24000 and last["loss"] < 0.85 * first["loss"] and last["accepted"][0] > 0.45 > first["accepted"][0]
     net = load_dflash(tmp_path / "out", MODEL)
     assert (net.block_size, net.taps) == (4, (1, 2, 2))
     config, new_drafter = plan_of("dflash_graft", net=net, max_new_tokens=12)
@@ -349,11 +348,13 @@ def test_training_learns_continues_and_writes_what_drafts(tmp_path, monkeypatch,
 
 # ----------------------------------------------------------------------------------------- the demo model, end to end
 
-def test_the_command_drafts_blocks_for_the_demo_model(tmp_path):
+def test_bench_drafts_blocks_for_the_demo_model(tmp_path):
     target = load_model(train_dflash.model_folder(Namespace(model=None)), dtype=torch.bfloat16, pack=False)
-    save_dflash(new_net(target, (1, 14, 26), 1, 8, 16), tmp_path, {"target_layers": 30})
-    for method in METHODS:
-        done = command("List three fruits.", "--method", method, "--draft", str(tmp_path), "--dtype", "float32", "--max-new-tokens", "16", "--json", "--compare")
-        assert done.returncode == 0, done.stderr
-        report = json.loads(done.stdout)
-        assert report["identical"] and report["statistics"]["nodes"]["draft"] > 0
+    save_dflash(new_net(target, (1, 14, 26), 1, 8, 16), tmp_path / "net", {"target_layers": 30})
+    (tmp_path / "p.jsonl").write_text(json.dumps({"id": 0, "task": "t", "turns": ["List three fruits."]}))
+    done = command("bench", "--prompts", str(tmp_path / "p.jsonl"), "--methods", ",".join(METHODS), "--draft", str(tmp_path / "net"), "--dtype", "float32",
+                   "--max-new-tokens", "16", "--json", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert all(report["lossless"][method] == {"identical": 1, "near_tie": 0, "different": 0} for method in METHODS)
+    assert report["methods"]["dflash"]["nodes"]["draft"] >= 7 and report["config"]["dflash_graft"]["verify_cost"]
