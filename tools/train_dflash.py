@@ -68,9 +68,10 @@ def draw(net: DFlash, kind: Tensor, spacing: int, generator: torch.Generator) ->
 
 
 def new_net(target: Model, taps: tuple[int, ...], layers: int, block_size: int, mask_token_id: int) -> DFlash:
-    """A fresh drafter: its layers start as the target's last but one, `fc` as the last of the features."""
-    H, sources = target.config.hidden_size, target.layers[-1 - layers:-1]
-    config = replace(target.config, architecture="DFlashDraftModel", num_hidden_layers=layers, qk_norm=True, num_experts=0, moe_layers=())
+    """A fresh drafter: its layers start as the target's last but one, `fc` as the last of the features. Every query head has keys and
+    values of its own, since all that a block learns of its context comes through them."""
+    H, sources, h, k = target.config.hidden_size, target.layers[-1 - layers:-1], target.config.num_attention_heads, target.config.num_key_value_heads
+    config = replace(target.config, architecture="DFlashDraftModel", num_hidden_layers=layers, num_key_value_heads=h, qk_norm=True, num_experts=0, moe_layers=())
     net = DFlash(config, taps, block_size, mask_token_id)
     with torch.no_grad():
         for value in net.parameters():
@@ -78,6 +79,8 @@ def new_net(target: Model, taps: tuple[int, ...], layers: int, block_size: int, 
         for layer, source in zip(net.layers, sources):
             own = layer.state_dict()                                               # q_norm, k_norm and experts may have no counterpart
             layer.load_state_dict({k: v for k, v in source.state_dict().items() if k in own and v.shape == own[k].shape}, strict=False)
+            q, kv = source.self_attn.qkv_proj.weight.unflatten(0, (-1, config.head_dim)).split((h, 2 * k))
+            layer.self_attn.qkv_proj.weight.copy_(torch.cat((q, kv.repeat_interleave(h // k, dim=0))).flatten(0, 1))
         net.fc.weight[:, -H:] += torch.eye(H)
         net.hidden_norm.weight.copy_(sources[0].input_layernorm.weight)
         net.norm.weight.copy_(target.norm.weight * 0.3)
@@ -209,7 +212,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=8, help="tokens a block, the root included")
     parser.add_argument("--tokens", type=int, default=4_000_000, help="training tokens, repetitions included")
     parser.add_argument("--vocab", type=int, default=16384, help="tokens that the loss is taken over: the text's most frequent")
-    parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--batch-tokens", type=int, default=1536)
     parser.add_argument("--spacing", type=int, default=4, help="tokens of an answer for each block that is rooted in it")
     parser.add_argument("--fade", type=float, default=0.8, help="weight of a position's loss relative to the one before")
     parser.add_argument("--lr", type=float, default=2.5e-2)
