@@ -56,7 +56,7 @@ class ModelConfig:
     taps: tuple[int, ...] = ()           # outputs of these layers (-1: the embeddings) feed the head
 
     @classmethod
-    def read(cls, folder: Path, *, head: bool = False) -> "ModelConfig":
+    def read(cls, folder: Path, *, head: bool = False, architectures: tuple[str, ...] = ARCHITECTURES) -> "ModelConfig":
         """Read and check `folder/config.json`. Raises CheckpointError naming the field, its value and what is accepted."""
         path = Path(folder) / "config.json"
         raw = read_json(path)
@@ -80,8 +80,8 @@ class ModelConfig:
                 raise CheckpointError(f"{path}: field '{name}' is {raw[name]!r:.80}; only {accepted!r} is supported")
         names = raw.get("architectures") or ["LlamaForCausalLM" if head else None]
         arch = names[0] if isinstance(names, list) and names else names
-        if not head and arch not in ARCHITECTURES:
-            raise CheckpointError(f"{path}: architecture {arch!r} is unknown; supported: {', '.join(ARCHITECTURES)}")
+        if not head and arch not in architectures:
+            raise CheckpointError(f"{path}: architecture {arch!r} is unknown; supported: {', '.join(architectures)}")
         hidden = get("hidden_size", int, low=1, high=2**20)
         heads = get("num_attention_heads", int, low=1, high=2**12)
         kv_heads = get("num_key_value_heads", int, heads, low=1, high=heads)
@@ -306,7 +306,8 @@ class Attention(nn.Module):
         if self.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(self.d, config.rms_norm_eps), RMSNorm(self.d, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache, layer: int) -> Tensor:
+    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [b, k, g*n, d], keys and values [b, k, n, d] of x [b, n, inputs], at their positions."""
         b, n, _ = x.shape
         h, k, d, g = self.h, self.k, self.d, self.h // self.k
         qkv = self.qkv_proj(x).view(b, n, h + 2 * k, d)
@@ -317,8 +318,12 @@ class Attention(nn.Module):
         qk = qk * cos + torch.cat((-qk[..., d // 2:], qk[..., :d // 2]), dim=-1) * sin
         # The g query heads that share a key head become rows of one attention: no key is read or copied twice.
         queries = qk[:, :, :h].view(b, n, k, g, d).permute(0, 2, 3, 1, 4).reshape(b, k, g * n, d)
-        out = cache.attend(layer, queries, qk[:, :, h:].transpose(1, 2), values.transpose(1, 2), mask)
-        return self.o_proj(out.view(b, k, g, n, d).permute(0, 3, 1, 2, 4).reshape(b, n, h * d))
+        return queries, qk[:, :, h:].transpose(1, 2), values.transpose(1, 2)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache, layer: int) -> Tensor:
+        b, n, _ = x.shape
+        out = cache.attend(layer, *self.project(x, rotary), mask)
+        return self.o_proj(out.view(b, self.k, -1, n, self.d).permute(0, 3, 1, 2, 4).reshape(b, n, self.h * self.d))
 
 
 class MLP(nn.Module):

@@ -52,8 +52,9 @@ VARIANTS = {                         # methods of the neighbours, each with its 
     "layerskip": "layerskip", "layerskip_graft": "layerskip",
     "universal": "universal", "universal_graft": "universal",
     "via_sd": "via_sd",
+    "dflash": "dflash", "dflash_graft_tail": "dflash", "dflash_graft": "dflash",
 }
-OWN_DRAFT = {"universal", "universal_graft"}   # variants that load --draft themselves
+OWN_DRAFT = {name for name, module in VARIANTS.items() if module in ("universal", "dflash")}   # variants that load --draft themselves
 EVERY = [*METHODS, *ABLATIONS, *VARIANTS]
 NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}   # gap of two float32 logits that rounding in this dtype can close
 
@@ -679,7 +680,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--quiet", action="store_true", help="no statistics")
     add("--model", help="folder or Hub id (default: the demo model)")
     add("--revision", help="of a Hub model")
-    add("--draft", help="EAGLE-3 head, or a smaller model (of any vocabulary for `universal`): folder or Hub id")
+    add("--draft", help="EAGLE-3 head, a smaller model (of any vocabulary for `universal`), or a DFlash drafter for `dflash`: folder or Hub id")
     add("--draft-window", type=int, metavar="N", help="let the head see the last N to 2 N tokens only (default: all)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32", "float64"))
