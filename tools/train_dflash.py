@@ -71,7 +71,8 @@ def new_net(target: Model, taps: tuple[int, ...], layers: int, block_size: int, 
     """A fresh drafter: its layers start as the target's last but one, `fc` as the last of the features. Every query head has keys and
     values of its own, since all that a block learns of its context comes through them."""
     H, sources, h, k = target.config.hidden_size, target.layers[-1 - layers:-1], target.config.num_attention_heads, target.config.num_key_value_heads
-    config = replace(target.config, architecture="DFlashDraftModel", num_hidden_layers=layers, num_key_value_heads=h, qk_norm=True, num_experts=0, moe_layers=())
+    config = replace(target.config, architecture="DFlashDraftModel", num_hidden_layers=layers, num_key_value_heads=h, qk_norm=True, num_experts=0,
+                     moe_layers=())
     net = DFlash(config, taps, block_size, mask_token_id)
     with torch.no_grad():
         for value in net.parameters():

@@ -13,7 +13,6 @@ Needs: a DFlash checkpoint for the target (`--draft`, folder or Hub id), full at
 Guarantees: the output of plain decoding, as every method in graft.py.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,7 +25,8 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 from graft import Sampler, _roomy  # noqa: E402
-from model import CheckpointError, KVCache, Layer, Linear, Model, ModelConfig, RMSNorm, _Decoder, _fill, _stacked, _Tensors, fetch_checkpoint  # noqa: E402
+from model import CheckpointError, KVCache, Layer, Linear, Model, ModelConfig, RMSNorm, fetch_checkpoint, read_json  # noqa: E402
+from model import _Decoder, _fill, _stacked, _Tensors  # noqa: E402
 from tree import Tree  # noqa: E402
 
 DEMO_DRAFT = ROOT / "assets" / "smollm2-135m-dflash"
@@ -35,7 +35,7 @@ CONFIDENT = 0.3             # `dflash_graft_tail` keeps the chain as far as its 
 
 def prepare(setup, method: str):
     """The fields of run.py's Plan. Raises ValueError where there is no drafter, CheckpointError where it is not usable."""
-    if not setup.draft and not (setup.is_demo and DEMO_DRAFT.is_dir()):
+    if not setup.draft and not DEMO_DRAFT.is_dir():
         raise ValueError(f"method '{method}' needs a DFlash drafter; give --draft, or train one for the demo model: "
                          "python tools/train_dflash.py --out assets/smollm2-135m-dflash")
     net = _load(fetch_checkpoint(setup.draft or str(DEMO_DRAFT)), setup.model)
@@ -130,9 +130,10 @@ def stacked(config: ModelConfig) -> dict[str, dict[str, tuple]]:
 def load_dflash(folder: str | Path, target: Model, *, pack: bool = True) -> DFlash:
     """Load a published DFlash checkpoint for `target`, in its dtype and on its device. Raises CheckpointError on a field or tensor
     that is missing, of another shape or unknown, and where the drafter belongs to another target."""
-    path, layers = Path(folder) / "config.json", target.config.num_hidden_layers
+    folder, layers = Path(folder), target.config.num_hidden_layers
     config = replace(ModelConfig.read(folder, architectures=("DFlashDraftModel",)), qk_norm=True)
-    raw, count = json.loads(path.read_text(encoding="utf-8")), config.num_hidden_layers
+    path, count = folder / "config.json", config.num_hidden_layers
+    raw = read_json(path)
     own = raw.get("dflash_config") or {}
     raw |= own if isinstance(own, dict) else {}                            # newer checkpoints have its fields beside the others
     spread = [layers // 2] if count == 1 else [round(1 + i * (layers - 4) / (count - 1)) for i in range(count)]
@@ -155,7 +156,7 @@ def load_dflash(folder: str | Path, target: Model, *, pack: bool = True) -> DFla
             raise CheckpointError(f"{path}: field '{name}' is {raw.get(name)!r:.80}; expected {expected}")
     with torch.device("meta"):
         net = DFlash(config, tuple(taps), raw["block_size"], raw["mask_token_id"])
-    tensors = _Tensors(Path(folder))
+    tensors = _Tensors(folder)
     _fill(net, tensors, stacked(config), target.dtype, target.device, {name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq")})
     if pack:
         net.pack()

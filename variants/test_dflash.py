@@ -3,7 +3,6 @@ what a tree holds, training against drafting, and damaged checkpoints."""
 
 import json
 import math
-import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -22,8 +21,8 @@ import run  # noqa: E402
 import train_dflash  # noqa: E402
 from dflash import DFlash, DFlashDrafter, load_dflash, prepare  # noqa: E402
 from graft import GraftConfig, Sampler, Sequence, State, generate, run_rounds  # noqa: E402
-from model import CheckpointError, Model, load_model  # noqa: E402
-from test_graft import MODEL, VOCAB, command, full_forward, plain_sampling, tiny, tokens_of  # noqa: E402
+from model import CheckpointError, Model, checkpoint_layout, load_model  # noqa: E402
+from test_graft import LLAMA3, MODEL, ROPE, VOCAB, YARN, command, full_forward, plain_sampling, tiny, tokens_of  # noqa: E402
 from train_dflash import denoise, draw, new_net, save_dflash  # noqa: E402
 from train_eagle3 import write_shard  # noqa: E402
 from tree import ADJACENCY, DRAFT, NGRAM  # noqa: E402
@@ -156,7 +155,7 @@ def plan_of(method: str, target: Model = MODEL, net: DFlash = NET, tuned=None, *
     """What `prepare` plans, for a drafter that is not on disk."""
     base = GraftConfig(eos_token_ids=(), **fields)
     setup = run.Setup(model=target, head=None, text=None, method=method, base=base, chat=False, system=None, corpus=[], tuned=tuned or {},
-                      folder=Path(), is_demo=False, draft=str(ROOT), window=None, store=None, warm=None)
+                      folder=Path(), draft=str(ROOT), window=None, store=None, warm=None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dflash, "_load", lambda folder, model: net)
         return prepare(setup, method)
@@ -199,10 +198,11 @@ def test_every_method_is_plain_decoding(method, seed, prompt, temperature, new, 
             assert len(step.tree) - 1 <= budget
             if method == "dflash":
                 assert step.tree.parents == list(range(-1, len(step.tree) - 1)) and set(step.tree.sources[1:]) <= {DRAFT}
-            if method == "dflash_graft_tail":                                      # a chain, its confident part only, and what grows from its end
+            if method == "dflash_graft_tail":                                      # the chain's confident part, and what grows from its end
                 chain = [i for i, source in enumerate(step.tree.sources) if source == DRAFT]
-                assert chain == list(range(1, len(chain) + 1)) and all(math.exp(step.tree.scores[i]) >= dflash.CONFIDENT for i in chain[1:])
-                assert all(step.tree.parents[i] >= len(chain) for i, source in enumerate(step.tree.sources) if source in (NGRAM, ADJACENCY))
+                assert chain == list(range(1, len(chain) + 1))
+                assert all(math.exp(step.tree.scores[i]) >= dflash.CONFIDENT for i in chain[1:])     # the first stays in any case
+                assert all(parent >= len(chain) for parent, source in zip(step.tree.parents, step.tree.sources) if source in (NGRAM, ADJACENCY))
 
 
 @settings(max_examples=10)
@@ -248,12 +248,19 @@ def test_the_features_layers_are_spread_evenly_by_default(layers, expected, tmp_
     assert load_dflash(tmp_path, MODEL).taps == expected
 
 
+@pytest.mark.parametrize("rope", [ROPE, LLAMA3, YARN])
+def test_rope_scaling_comes_back(rope, tmp_path):
+    assert load_dflash(save(tmp_path, tiny_net(rope=rope)), MODEL).config.rope == rope
+
+
 P = "layers.1."
 
 
 @pytest.mark.parametrize("change, named", [
-    (lambda w: w.pop("fc.weight"), "'fc.weight' is missing"), (lambda w: w.pop(f"{P}self_attn.k_norm.weight"), "layers.1.self_attn.k_norm.weight"),
-    (lambda w: w.update(surprise=torch.zeros(1)), "surprise"), (lambda w: w.update({"layers.2.mlp.up_proj.weight": torch.zeros(1)}), "layers.2.mlp.up_proj"),
+    (lambda w: w.pop("fc.weight"), "'fc.weight' is missing"),
+    (lambda w: w.pop(f"{P}self_attn.k_norm.weight"), "layers.1.self_attn.k_norm.weight"),
+    (lambda w: w.update(surprise=torch.zeros(1)), "surprise"),
+    (lambda w: w.update({"layers.2.mlp.up_proj.weight": torch.zeros(1)}), "layers.2.mlp.up_proj"),
     (lambda w: w.update({f"{P}self_attn.v_proj.weight": torch.zeros(3, 3)}), "v_proj.weight' has shape"),
     (lambda w: w.update({"hidden_norm.weight": torch.zeros(3)}), "hidden_norm.weight' has shape")])
 def test_a_damaged_tensor_is_named(change, named, tmp_path):
@@ -278,9 +285,8 @@ def test_a_bad_field_is_named(field, value, tmp_path):
 
 def test_without_a_drafter_one_line_says_how_to_make_one(monkeypatch, tmp_path):
     monkeypatch.setattr(dflash, "DEMO_DRAFT", tmp_path / "none")
-    for is_demo in (True, False):
-        with pytest.raises(ValueError, match="train_dflash.py"):
-            prepare(Namespace(draft=None, is_demo=is_demo), "dflash")
+    with pytest.raises(ValueError, match="train_dflash.py"):
+        prepare(Namespace(draft=None), "dflash")
     done = command("x", "--method", "dflash", "--draft", "gone/")
     assert done.returncode != 0 and "gone" in done.stderr and "Traceback" not in done.stderr
 
@@ -297,21 +303,19 @@ def test_roots_lie_in_answers_and_guesses_inside_the_text(lengths, spacing, seed
         assert ((answer_from <= roots[row]) & (roots[row] < answer_from + size - 1)).all()
         for root, places, there in zip(roots[row].tolist(), after[row].tolist(), inside[row].tolist()):
             end = answer_from + size - 1                                           # the last token has no successor
-            assert there == [root + j < end for j in range(BLOCK - 1)] and [p for p, t in zip(places, there) if t] == list(range(root, min(root + BLOCK - 1, end)))
+            assert there == [root + j < end for j in range(BLOCK - 1)]
+            assert [place for place, valid in zip(places, there) if valid] == list(range(root, min(root + BLOCK - 1, end)))
 
 
 def save_target(folder: Path, target: Model) -> None:
-    c, w = target.config, {}
+    layout, w = checkpoint_layout(target), {}
     for name, value in target.state_dict().items():
-        if "qkv_proj" in name:
-            names, sizes = [name.replace("qkv_proj", f"{p}_proj") for p in "qkv"], [c.num_attention_heads * c.head_dim] + [c.num_key_value_heads * c.head_dim] * 2
-        else:
-            names, sizes = [name.replace("gate_up", p) for p in ("gate", "up")] if "gate_up" in name else [name], [c.intermediate_size] * 2 if "gate_up" in name else [len(value)]
-        w |= {n if n.startswith("lm_head") else f"model.{n}": v.contiguous() for n, v in zip(names, value.split(sizes))}
+        pieces = layout.get(name, {name: tuple(value.shape)})
+        w |= {piece: own.contiguous() for piece, own in zip(pieces, value.split([shape[0] for shape in pieces.values()]))}
     save_file(w, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "rope_theta": 10000.0} | {name: getattr(c, name) for name in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-        "rms_norm_eps", "max_position_embeddings")}))
+    (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "rope_theta": 10000.0} | {
+        name: getattr(target.config, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                                                        "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings")}))
 
 
 def test_training_learns_continues_and_writes_what_drafts(tmp_path, monkeypatch, capsys):
@@ -326,8 +330,8 @@ def test_training_learns_continues_and_writes_what_drafts(tmp_path, monkeypatch,
         conversations.append((torch.tensor(text, dtype=torch.int32), 4, full_forward(target, text, taps=(1, 2, 2, 5))[1][0].bfloat16()))
     for shard in range(2):                                                         # validated on what it learns: the target is random
         write_shard(tmp_path / f"shard-{shard:05d}.safetensors", conversations)
-    arguments = ["--model", str(tmp_path / "target"), "--data", str(tmp_path), "--device", "cpu", "--out", str(tmp_path / "out"), "--layers", "1", "--block", "4",
-                 "--batch-tokens", "72", "--validate", "100", "--lr", "0.05"]
+    arguments = ["--model", str(tmp_path / "target"), "--data", str(tmp_path), "--device", "cpu", "--out", str(tmp_path / "out"),
+                 "--layers", "1", "--block", "4", "--batch-tokens", "72", "--validate", "100", "--lr", "0.05"]
     for tokens in (12000, 24000):
         monkeypatch.setattr(sys, "argv", ["train_dflash.py", *arguments, "--tokens", str(tokens)])
         train_dflash.main()
@@ -352,8 +356,8 @@ def test_bench_drafts_blocks_for_the_demo_model(tmp_path):
     target = load_model(train_dflash.model_folder(Namespace(model=None)), dtype=torch.bfloat16, pack=False)
     save_dflash(new_net(target, (1, 14, 26), 1, 8, 16), tmp_path / "net", {"target_layers": 30})
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": 0, "task": "t", "turns": ["List three fruits."]}))
-    done = command("bench", "--prompts", str(tmp_path / "p.jsonl"), "--methods", ",".join(METHODS), "--draft", str(tmp_path / "net"), "--dtype", "float32",
-                   "--max-new-tokens", "16", "--json", str(tmp_path / "out.json"))
+    done = command("bench", "--prompts", str(tmp_path / "p.jsonl"), "--methods", ",".join(METHODS), "--draft", str(tmp_path / "net"),
+                   "--dtype", "float32", "--max-new-tokens", "16", "--json", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert all(report["lossless"][method] == {"identical": 1, "near_tie": 0, "different": 0} for method in METHODS)
