@@ -263,7 +263,7 @@ def save_head(head: Eagle3, folder: Path, target: Model, note: dict) -> None:
     tensors = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in tensors.items()} | {"d2t": head.d2t.cpu(), "t2d": t2d}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
-    rope = {key: value for key, value in target.config.rope.items() if key != "original_max_position_embeddings"}
+    rope = target.config.rope
     (folder / "config.json").write_text(json.dumps({
         "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "torch_dtype": "bfloat16", "hidden_act": "silu",
         "num_hidden_layers": 1, "tie_word_embeddings": False,
