@@ -361,6 +361,16 @@ def test_worth_keeps_what_pays(tree, steps):
     assert {tuple(kept.tokens[i] for i in kept.path(n)) for n in range(len(kept))} <= {tuple(tree.tokens[i] for i in tree.path(n)) for n in range(len(tree))}
 
 
+def test_where_two_sources_agree_the_surer_one_is_believed():
+    tree = Tree.rooted(0)
+    a = tree.add(1, 0, -3.0, DRAFT)
+    b = tree.add(2, a, -3.5, DRAFT)
+    assert tree.graft([(0, NGRAM, ([1, 2, 3], [-1, 0, 1], [-0.2, -0.3, -0.4]))], 9) == 2
+    assert tree.scores == [0.0, -0.2, -0.3, -0.4] and tree.sources[1:] == [DRAFT, DRAFT, NGRAM]
+    tree.graft([(b, ADJACENCY, ([3], [-1], [-5.0]))], 9)
+    assert tree.scores[3] == -0.4
+
+
 def test_unmerged_branches_repeat_nodes_and_the_longest_agreement_counts():
     tree = Tree.rooted(0)
     tree.add(1, 0, -0.1, DRAFT)

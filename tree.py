@@ -35,7 +35,8 @@ class Tree:
         return len(self.tokens)
 
     def add(self, token: int, parent: int, score: float, source: str, merge: bool = True) -> int:
-        """The child of `parent` that holds `token`: the one that is there already, else a new node. Returns its number."""
+        """The child of `parent` that holds `token`: the one that is there already, with the better score, else a new node. Returns
+        its number."""
         node = self.child.get((parent, token)) if merge else None
         if node is None:
             node = self.child[parent, token] = len(self.tokens)
@@ -44,6 +45,8 @@ class Tree:
             self.depths.append(self.depths[parent] + 1)
             self.scores.append(min(score, self.scores[parent]))  # a child is never likelier than its parent
             self.sources.append(source)
+        elif score > self.scores[node]:                         # two sources agree: the surer one is believed
+            self.scores[node] = min(score, self.scores[parent])
         return node
 
     def path(self, node: int) -> list[int]:

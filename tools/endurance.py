@@ -80,7 +80,9 @@ class Paths:
         self.nodes = {(): (0.0, "root")}
 
     def add(self, parent: tuple, token: int, score: float, source: str) -> tuple:
-        self.nodes.setdefault((*parent, token), (min(score, self.nodes[parent][0]), source))
+        score = min(score, self.nodes[parent][0])
+        before, source = self.nodes.get((*parent, token), (score, source))
+        self.nodes[(*parent, token)] = max(before, score), source
         return (*parent, token)
 
     def best(self) -> list[tuple]:
@@ -96,12 +98,10 @@ class Paths:
             while at >= 0:
                 above, at = [tokens[at], *above], parents[at]
             path = (*anchor, *above)
-            if path in self.nodes:
-                shared += 1
-            elif len(self.nodes) > budget:
+            shared += path in self.nodes
+            if path not in self.nodes and len(self.nodes) > budget:
                 break
-            else:
-                self.add(path[:-1], path[-1], -cost, source)
+            self.add(path[:-1], path[-1], -cost, source)
         return shared
 
 
