@@ -248,6 +248,15 @@ class KVCache:
         self.length += len(rows)
 
 
+class NoCache:
+    """Attention over the texts of one forward and nothing else: keeps no rows, so gradients pass."""
+
+    length = 0
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+
+
 class PackedCache:
     """The caches of several texts behind one forward: their tokens stand in one row, text after text, and share every matrix
     product; each attends to its own cache, under its own mask. `commit` is the single caches' business."""
@@ -606,6 +615,16 @@ def checkpoint_layout(model: Model) -> dict[str, dict[str, tuple]]:
         size = config.moe_intermediate_size if moe else config.intermediate_size
         parts |= _stacked(config, f"layers.{i}.", f"model.layers.{i}.", config.hidden_size, size, moe)
     return parts | {"lm_head.weight": parts["embed_tokens.weight"]} if config.tie_word_embeddings else parts
+
+
+def unstacked(module: nn.Module, parts: dict[str, dict[str, tuple]], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """A module's weights as its checkpoint's tensors, on the CPU: the inverse of what `_fill` does with `parts`."""
+    tensors = {}
+    for name, value in module.state_dict().items():
+        pieces = parts.get(name, {name: tuple(value.shape)})
+        rows = value.reshape(-1, *next(iter(pieces.values()))[1:]).split([shape[0] for shape in pieces.values()])
+        tensors |= {piece: part.to("cpu", dtype, copy=True).contiguous() for piece, part in zip(pieces, rows)}
+    return tensors
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu",

@@ -26,9 +26,9 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 
 sys.path += [str(Path(__file__).resolve().parent / folder) for folder in ("tools", "variants")]
-from demo_model import demo_model  # noqa: E402
+from demo_model import command_line, demo_model  # noqa: E402
 from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, Stats, run_rounds  # noqa: E402
-from model import Model, fetch_checkpoint, load_draft, load_model, read_json  # noqa: E402
+from model import CheckpointError, Model, fetch_checkpoint, load_draft, load_model, read_json  # noqa: E402
 from render_template import render_template  # noqa: E402
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, whole  # noqa: E402
 from tree import Tree  # noqa: E402
@@ -70,7 +70,7 @@ class Text:
 
     def __init__(self, folder: Path):
         from tokenizers import Tokenizer
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exception
@@ -91,6 +91,11 @@ class Text:
         for name, value in {"chat_template": self.template or "", **self.names}.items():
             if not isinstance(value, str):
                 raise ValueError(f"{path}: field '{name}' is {value!r:.80}; expected text")
+
+    def check(self, model: Model) -> None:
+        """Raise CheckpointError unless the model knows every token."""
+        if (size := self.tokenizer.get_vocab_size()) > model.config.vocab_size:
+            raise CheckpointError(f"{self.folder}: the tokenizer has {size} tokens, the model {model.config.vocab_size}: they do not belong together")
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -254,9 +259,7 @@ def set_up(args) -> Setup:
     folder = fetch_checkpoint(args.model, args.revision) if args.model else demo_model(say)
     text = Text(folder)
     model = load_model(folder, dtype=dtype, device=device)
-    if text.tokenizer.get_vocab_size() > model.config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {text.tokenizer.get_vocab_size()} tokens, the model {model.config.vocab_size}: "
-                         "they do not belong together")
+    text.check(model)
     own = OWN_DRAFT & {*(getattr(args, "methods", None) or "").split(","), getattr(args, "method", None)}
     draft = not own and args.draft or (str(DEMO_HEAD) if not args.model and DEMO_HEAD.is_dir() else None)
     head = load_draft(fetch_checkpoint(draft), model) if draft else None
@@ -558,7 +561,7 @@ def command_verify(args) -> int:
     for name, count in counts.items():
         print(f"{name + ':':20} {count['identical']} identical, {count['near_tie']} near ties, {count['different']} different")
     if args.json:
-        report = {"command": command_line(), "environment": environment(setup), "near_tie_in_logits": setup.tie, "counts": counts, "found": found}
+        report = {"command": command_line("run.py"), "environment": environment(setup), "near_tie_in_logits": setup.tie, "counts": counts, "found": found}
         with whole(args.json) as file:
             file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 1 if any(count["different"] for count in counts.values()) else 0
@@ -569,10 +572,6 @@ def known(names: str, flag: str) -> list[str]:
         if name not in EVERY:
             raise ValueError(f"{flag} names {name!r}; expected some of {','.join(EVERY)}")
     return names.split(",")
-
-
-def command_line() -> str:
-    return "python run.py " + " ".join(a if "/" not in a else Path(a).name for a in sys.argv[1:])
 
 
 def command_bench(args) -> int:
@@ -640,7 +639,7 @@ def command_bench(args) -> int:
     verdicts += [f"{n}: lossy, {c['by_position']:.0%} as plain decoding" for n, c in agreeing.items()]
     print("tokens/s, speedup over ar, tokens a round;", ", ".join(verdicts))
     if args.json:
-        report = {"command": command_line(), "environment": environment(setup), "warm_start": bool(setup.warm or setup.store), "prompts": len(prompts),
+        report = {"command": command_line("run.py"), "environment": environment(setup), "warm_start": bool(setup.warm or setup.store), "prompts": len(prompts),
                   "batch_size": args.batch_size, "config": {name: asdict(config) for name, config in configs.items()}, "methods": table,
                   "lossless": lossless, "agreement": agreeing}
         with whole(args.json) as file:

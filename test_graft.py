@@ -670,7 +670,7 @@ def test_a_batch_is_each_prompt_alone(method, prompts, temperature, data):
     config = GraftConfig(method=method, max_new_tokens=12, budget=7, draft_top_k=3, temperature=temperature, eos_token_ids=(2, 5, 9))
     new_state = lambda: State(model, EagleDrafter(tiny_head(model)))
     alone = [collect(model, prompt, config, state=new_state()) for prompt in prompts]
-    texts, ended, rows = [[] for _ in prompts], set(), 0
+    texts, ended = [[] for _ in prompts], set()
     for i, step in generate_batch(model, prompts, config, states=[new_state() for _ in prompts]):
         assert i not in ended
         texts[i] += step.tokens

@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import run  # noqa: E402
-from demo_model import demo_model  # noqa: E402
+from demo_model import command_line, demo_model  # noqa: E402
 from graft import generate  # noqa: E402
 from model import fetch_checkpoint  # noqa: E402
 
@@ -109,8 +109,7 @@ def main() -> None:
                        "by_task": {task: round(speed([r for r in rows if r[0] == task]), 2) for task in tasks}}
         print(f"{name:28}", table[name])
     if args.json:
-        command = "python tools/bench_peers.py " + " ".join(a if "/" not in a else Path(a).name for a in sys.argv[1:])
-        report = {"command": command, "environment": run.environment(setup) | {"transformers": transformers.__version__},
+        report = {"command": command_line("tools/bench_peers.py"), "environment": run.environment(setup) | {"transformers": transformers.__version__},
                   "prompts": len(prompts), "peers": table}
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

@@ -39,6 +39,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import run  # noqa: E402
+from demo_model import command_line  # noqa: E402
 from graft import GraftConfig, Sampler, Sequence, Stats, draft_and_prune, graft, retrieve  # noqa: E402
 from model import Model  # noqa: E402
 from train_eagle3 import TEXT, read_text  # noqa: E402
@@ -145,7 +146,8 @@ def record(setup: run.Setup, prompts: list[list[int]], new: int, trust: tuple[fl
     paper = GraftConfig(method="graft", budget=60, depth=DEPTH, draft_top_k=TOP_K)
     texts, sampler = [], Sampler(GraftConfig(), setup.model.config.vocab_size, setup.model.device)
     for which, prompt in enumerate(prompts):
-        state, drafter = setup.state(), setup.state().drafter
+        state = setup.state()
+        drafter = state.drafter                                   # `build` puts recorded trees in its place
         text, features, rows = list(prompt), [], []
         state.cache.reserve(len(prompt) + new + 1)
         k = state.adjacency.rows.shape[1]
@@ -346,7 +348,7 @@ def main() -> None:
     dtype = str(setup.model.dtype).removeprefix("torch.")
     out = Path(args.out) if args.out else ROOT / "assets" / "calibration" / f"{name}-{setup.model.device.type}-{dtype}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    report = {"command": "python tools/calibrate.py " + " ".join(a if "/" not in a else Path(a).name for a in sys.argv[1:]),
+    report = {"command": command_line("tools/calibrate.py"),
               "environment": run.environment(setup), "positions": positions, "plain_tokens_per_second": round(plain["tokens_per_second"], 2),
               "floor": floor(setup.model, t), "milliseconds": {"t": [round(x, 3) for x in t], "observe": round(observe, 3), "head": round(head, 3), "rest": round(rest, 3)},
               "reliability": reliability(texts), "methods": methods}

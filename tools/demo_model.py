@@ -32,6 +32,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("GRAFT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graft")
 
 
+def command_line(script: str) -> str:
+    """The command that runs, for the record: of files and folders the names alone."""
+    return f"python {script} " + " ".join(a if "/" not in a else Path(a).name for a in sys.argv[1:])
+
+
 def demo_model(say=print) -> Path:
     """The demo model's folder, downloaded or converted on first use. Raises ValueError with one line that says what failed.
 

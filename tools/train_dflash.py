@@ -24,9 +24,11 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "variants")]
+from demo_model import command_line  # noqa: E402
 from dflash import DFlash, stacked  # noqa: E402
-from model import Model, load_model  # noqa: E402
-from train_eagle3 import Texts, data_folder, model_folder  # noqa: E402
+from model import Model, load_model, unstacked  # noqa: E402
+from retrieval import whole  # noqa: E402
+from train_eagle3 import Texts, data_folder, descend, learning_rate, model_folder, new_optimizers, report_progress  # noqa: E402
 
 
 class BlockCache:
@@ -90,13 +92,9 @@ def new_net(target: Model, taps: tuple[int, ...], layers: int, block_size: int, 
 
 def save_dflash(net: DFlash, folder: Path, note: dict, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the published layout, and `note` as training.json."""
-    config, parts, tensors = net.config, stacked(net.config), {}
-    for name, value in net.state_dict().items():
-        pieces = parts.get(name, {name: tuple(value.shape)})
-        for piece, own in zip(pieces, value.detach().to("cpu", dtype).split([shape[0] for shape in pieces.values()])):
-            tensors[piece] = own.contiguous()
+    config = net.config
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors")
+    save_file(unstacked(net, stacked(config), dtype), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({
         "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "dtype": str(dtype).removeprefix("torch."), "hidden_act": "silu",
         **{name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -147,8 +145,7 @@ def train(args) -> None:
     rows = target.lm_head.weight[counts.argsort(descending=True, stable=True)[:args.vocab]]   # the loss is taken over what it uses most
     net = new_net(target, (1, L // 2 - 1, L - 4), args.layers, args.block, mask).float().to(args.device)
     matrices, others = [p for p in net.parameters() if p.dim() == 2], [p for p in net.parameters() if p.dim() == 1]
-    optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, lr=args.lr / 3, betas=(0.9, 0.98), weight_decay=0.0)]
+    optimizers = new_optimizers(matrices, others, args.lr)
     seen, updates, history, running = 0, 0, [], None
     if state:
         net.load_state_dict(state["net"])
@@ -163,9 +160,6 @@ def train(args) -> None:
     while seen < args.tokens:
         texts = Texts(sorted(data.glob("shard-*.safetensors"))[1:])
         for tokens, features, kind in texts.batches(rng, args.batch_tokens):
-            rate = min((updates + 1) / 100, 1.0, max(0.02, (args.tokens - seen) / (args.decay * args.tokens)))
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = group.setdefault("base", group["lr"]) * rate
             tokens, features, kind = tokens.to(args.device), features.to(args.device), kind.to(args.device)
             roots, after, inside = draw(net, kind, args.spacing, generator)
             row = torch.arange(len(tokens), device=args.device)[:, None, None].expand_as(after)
@@ -175,30 +169,23 @@ def train(args) -> None:
             with torch.autocast(args.device.split(":")[0], torch.bfloat16):
                 logits = F.linear(denoise(net, target, tokens, features[..., :-H], roots)[inside], rows)              # [r, vocab]
             loss = (F.cross_entropy(logits.float(), wanted, reduction="none") * weight).sum() / weight.sum()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(matrices + others, 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            descend(loss, optimizers, learning_rate(args, seen, updates))
             seen, updates, loss = seen + int((kind > 0).sum()), updates + 1, loss.item()
             running = loss if running is None else 0.98 * running + 0.02 * loss
             if updates % 20 == 0:
-                speed = (seen - start_seen) / (time.time() - began)
-                print(f"{seen:,} of {args.tokens:,} tokens, loss {running:.4f}, {speed:.0f} tokens/s, "
-                      f"about {(args.tokens - seen) / speed / 60:.0f} min left", flush=True)
+                report_progress(seen, args.tokens, running, (seen - start_seen) / (time.time() - began))
             if updates % args.validate == 0 or seen >= args.tokens:
                 history.append({"tokens": seen, "loss": round(running, 4), "accepted": validate(net, held, target, args)})
                 print(json.dumps(history[-1]), flush=True)
             if time.time() - saved_at > 300 or seen >= args.tokens:
-                torch.save({"net": net.state_dict(), "mask": mask, "layers": args.layers, "block": args.block, "seen": seen,
-                            "updates": updates, "history": history, "optimizers": [o.state_dict() for o in optimizers]}, f"{state_file}.new")
-                Path(f"{state_file}.new").rename(state_file)
+                with whole(state_file) as file:
+                    torch.save({"net": net.state_dict(), "mask": mask, "layers": args.layers, "block": args.block, "seen": seen,
+                                "updates": updates, "history": history, "optimizers": [o.state_dict() for o in optimizers]}, file)
                 saved_at = time.time()
             if seen >= args.tokens:
                 break
-    command = "python tools/train_dflash.py " + " ".join(a if "/" not in a else Path(a).name for a in sys.argv[1:])
-    save_dflash(net, Path(args.out), {"command": command, "torch": torch.__version__, "device": args.device, "threads": torch.get_num_threads(),
-                                      "target_layers": L, "held_out": history})
+    save_dflash(net, Path(args.out), {"command": command_line("tools/train_dflash.py"), "torch": torch.__version__, "device": args.device,
+                                      "threads": torch.get_num_threads(), "target_layers": L, "held_out": history})
     print(f"wrote {args.out}")
 
 

@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "assets" / "smollm2-135m-text.safetensors"
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from demo_model import cache_folder, demo_model  # noqa: E402
+from demo_model import cache_folder, command_line, demo_model  # noqa: E402
 from model import Eagle3, KVCache, Model, fetch_checkpoint, load_eagle3, load_model  # noqa: E402
+from retrieval import whole  # noqa: E402
 
 SHORT = [                                                                          # how a user's turn may begin
     "Write a Python function ", "Complete this Python function:\n\ndef ", "Implement in Python: ", "Fix the bug in this code:\n\n",
@@ -293,6 +294,33 @@ def validate(head: Eagle3, texts: Texts, target: Model, args, steps: int = 6) ->
     return {"top1": [round(float(x) / count, 4) for x in top[0]], "top8": [round(float(x) / count, 4) for x in top[1]]}
 
 
+def new_optimizers(matrices: list, others: list, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices, AdamW at a third of the rate for the rest: what every training here uses."""
+    return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=lr / 3, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def learning_rate(args, seen: int, updates: int) -> float:
+    """The share of the learning rate: it rises over 100 updates, stays, and falls over the last `args.decay` of the run."""
+    return min((updates + 1) / 100, 1.0, max(0.02, (args.tokens - seen) / (args.decay * args.tokens)))
+
+
+def descend(loss: torch.Tensor, optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    """One update of all that the optimizers hold, at this share of their learning rates, gradients clipped to norm 1."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:
+        group["lr"] = group.setdefault("base", group["lr"]) * rate
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def report_progress(seen: int, tokens: int, loss: float, speed: float) -> None:
+    print(f"{seen:,} of {tokens:,} tokens, loss {loss:.4f}, {speed:.0f} tokens/s, about {(tokens - seen) / speed / 60:.0f} min left", flush=True)
+
+
 def train(args) -> None:
     """Minimise the cross-entropy to the target's distribution on the draft vocabulary, in every chained step (training-time test).
 
@@ -321,8 +349,7 @@ def train(args) -> None:
     rows = target.lm_head.weight[torch.arange(len(d2t), device=d2t.device) + d2t]
     matrices = [p for name, p in head.named_parameters() if p.dim() == 2 and "lm_head" not in name and "embed" not in name]
     others = [p for name, p in head.named_parameters() if "embed" not in name and all(p is not m for m in matrices)]
-    optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, lr=args.lr / 3, betas=(0.9, 0.98), weight_decay=0.0)]
+    optimizers = new_optimizers(matrices, others, args.lr)
     seen, updates, history = 0, 0, []
     if state:
         head.load_state_dict(state["head"], strict=False)
@@ -342,16 +369,12 @@ def train(args) -> None:
 
     def save():
         keep = {name: value for name, value in head.state_dict().items() if "embed" not in name}
-        torch.save({"head": keep, "optimizers": [o.state_dict() for o in optimizers], "seen": seen, "updates": updates, "history": history}, f"{state_file}.new")
-        Path(f"{state_file}.new").rename(state_file)
+        with whole(state_file) as file:
+            torch.save({"head": keep, "optimizers": [o.state_dict() for o in optimizers], "seen": seen, "updates": updates, "history": history}, file)
 
     while seen < args.tokens:
         texts = Texts(sorted(data.glob("shard-*.safetensors"))[1:])                  # what `generate` has added meanwhile counts
         for tokens, features, answer in texts.batches(rng, args.batch_tokens):
-            rate = min((updates + 1) / 100, 1.0, max(0.02, (args.tokens - seen) / (args.decay * args.tokens)))
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group.setdefault("base", group["lr"]) * rate
             tokens, features, kind = tokens.to(args.device), features.to(args.device), answer.to(args.device)[:, 1:]
             weight = torch.tensor((0.0, args.user_weight, 1.0), device=args.device)[kind.long()]      # [b, n - 1]
             with torch.no_grad():
@@ -365,18 +388,12 @@ def train(args) -> None:
                     loss = loss + args.fade**step * (losses * here).sum() / here.sum()
                     share += args.fade**step
             loss = loss / share
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(matrices + others, 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            descend(loss, optimizers, learning_rate(args, seen, updates))
             seen, updates = seen + int((kind > 0).sum()), updates + 1
             loss = loss.item()
             running = loss if running is None else 0.98 * running + 0.02 * loss
             if updates % 20 == 0:
-                speed = (seen - start_seen) / (time.time() - began)
-                print(f"{seen:,} of {args.tokens:,} tokens, loss {running:.4f}, {speed:.0f} tokens/s, "
-                      f"about {(args.tokens - seen) / speed / 60:.0f} min left", flush=True)
+                report_progress(seen, args.tokens, running, (seen - start_seen) / (time.time() - began))
             if updates % args.validate == 0 or seen >= args.tokens:
                 history.append({"tokens": seen, "texts": texts.tokens, "loss": round(running, 4), **validate(head, held, target, args)})
                 print(json.dumps(history[-1]), flush=True)
@@ -385,7 +402,7 @@ def train(args) -> None:
                 saved_at = time.time()
             if seen >= args.tokens:
                 break
-    note = {"command": "python tools/train_eagle3.py " + " ".join(a if "/" not in a else Path(a).name for a in sys.argv[1:]),
+    note = {"command": command_line("tools/train_eagle3.py"),
             "torch": torch.__version__, "device": args.device, "threads": torch.get_num_threads(), "held_out": history}
     save_head(head, Path(args.out), target, note)
     print(f"wrote {args.out}")

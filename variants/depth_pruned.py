@@ -26,7 +26,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,7 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from demo_model import cache_folder, demo_model  # noqa: E402
 from graft import ModelDrafter  # noqa: E402
-from model import Layer, Model, ModelConfig, checkpoint_layout, fetch_checkpoint, load_model  # noqa: E402
+from model import Layer, Model, ModelConfig, NoCache, checkpoint_layout, fetch_checkpoint, load_model, unstacked  # noqa: E402
+from retrieval import whole  # noqa: E402
 from train_eagle3 import TEXT, read_text  # noqa: E402
 
 HELD_OUT = 240      # conversations at the start of the text, which neither the head nor `heal` is trained on
@@ -78,11 +78,6 @@ def prune(model: Model, dropped: tuple[int, ...]) -> Model:
 
 def save(model: Model, folder: Path, source: Path) -> None:
     """Write a pruned, unpacked model as the checkpoint folder that `source`, the unpruned one's, would be without those layers."""
-    tensors, layout = {}, checkpoint_layout(model)
-    for name, value in model.state_dict().items():
-        pieces = layout.get(name, {name: tuple(value.shape)})
-        rows = value.reshape(-1, *next(iter(pieces.values()))[1:]).split([shape[0] for shape in pieces.values()])
-        tensors |= {piece: part.to("cpu", copy=True).contiguous() for piece, part in zip(pieces, rows)}
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("layer_types", None)                                    # Qwen3's list: full attention in every layer, the default
     config |= {"num_hidden_layers": len(model.layers), "torch_dtype": str(model.dtype).removeprefix("torch.")}
@@ -91,20 +86,11 @@ def save(model: Model, folder: Path, source: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for file in (*source.glob("tokenizer*"), *source.glob("chat_template.jinja")):
         shutil.copy(file, folder)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(unstacked(model, checkpoint_layout(model)), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------- search
-
-class NoCache:
-    """Attention over the texts of one forward and nothing else: keeps no rows, so gradients pass."""
-
-    length = 0
-
-    def attend(self, layer, queries, keys, values, mask):
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-
 
 def through(model: Model, layers, x: Tensor) -> list[Tensor]:
     """x [b, n, H] and what it becomes after each of `layers`, from the start of the text on."""
@@ -182,8 +168,8 @@ def search(args) -> None:
         path.append({"layers": len(kept), "dropped": dropped, "cost": round(cost, 4), **trials[dropped]})
         print("\r" + json.dumps(path[-1]), flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_name(out.name + ".new").write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-        out.with_name(out.name + ".new").rename(out)
+        with whole(out) as file:
+            file.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
     best = max(range(len(path)), key=lambda i: path[i]["score"])
     print(f"best: {path[best]['score']} tokens per target forward (plain decoding: 1) with chains of {path[best]['guesses']}, "
           f"--drop {','.join(str(i) for i in sorted(step['dropped'] for step in path[:best + 1]))}")
@@ -216,8 +202,8 @@ def heal(args) -> None:
 
     def keep(step):
         state = {"dropped": dropped, "step": step, "trained": [p.data for p in trained], "optimizer": optimizer.state_dict()}
-        torch.save(state, out / "heal.pt.new")
-        (out / "heal.pt.new").rename(state_file)
+        with whole(state_file) as file:
+            torch.save(state, file)
 
     print(f"step {first}: {agreement(target, student, held)}", flush=True)
     began = saved = time.time()

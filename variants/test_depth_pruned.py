@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 import depth_pruned  # noqa: E402
 import run  # noqa: E402
-from depth_pruned import HELD_OUT, agreement, chain_score, prune, save  # noqa: E402
+from depth_pruned import agreement, chain_score, prune, save  # noqa: E402
 from graft import AdjacencyMatrix, GraftConfig, ModelDrafter, NGramIndex, Sampler, Sequence, State, generate, run_rounds  # noqa: E402
 from model import CheckpointError, Eagle3, Model, load_draft, load_model  # noqa: E402
 from test_graft import (FAMILIES, HEAD, MODEL, ROOT, VOCAB, demo, full_forward, plain_greedy, plain_sampling, save_head,  # noqa: E402, F401

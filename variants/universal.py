@@ -29,7 +29,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from model import CheckpointError, KVCache, Model, ModelConfig, fetch_checkpoint, load_model  # noqa: E402
+from model import KVCache, Model, ModelConfig, NoCache, checkpoint_layout, fetch_checkpoint, load_model, unstacked  # noqa: E402
 from retrieval import Branch  # noqa: E402
 from tree import DRAFT, Tree  # noqa: E402
 
@@ -221,31 +221,19 @@ def shared(a: list[int], b: list[int]) -> int:
 def prepare(setup, method: str):
     """The fields of a Plan; `--draft` names the draft model. Raises CheckpointError and ValueError, which say what is wrong with it."""
     folder = fetch_checkpoint(setup.draft or str(DEMO_DRAFT))
-    tokenizer = type(setup.text)(folder).tokenizer
-    model = load_model(folder, dtype=setup.model.dtype, device=setup.model.device)
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
-        raise CheckpointError(f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {model.config.vocab_size}: "
-                              "they do not belong together")
-    translator = Translator(ByteTokenizer(tokenizer, folder), ByteTokenizer(setup.text.tokenizer, "the target"), model.config.vocab_size)
+    text, model = type(setup.text)(folder), load_model(folder, dtype=setup.model.dtype, device=setup.model.device)
+    text.check(model)
+    translator = Translator(ByteTokenizer(text.tokenizer, folder), ByteTokenizer(setup.text.tokenizer, "the target"), model.config.vocab_size)
     return setup.configure("eagle" if method == "universal" else "graft"), lambda: UniversalDrafter(model, translator)
 
 
 # ------------------------------------------------------------------------------------------------- a draft model to try
 
-class NoCache:
-    """In training every position of a text is new."""
-
-    length = 0
-
-    def attend(self, layer, queries, keys, values, mask):
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-
-
 def train(args) -> None:
     """A small Llama and its tokenizer, from the text that the demo model wrote (tools/train_eagle3.py); next-token cross-entropy."""
     from demo_model import demo_model
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from train_eagle3 import TEXT, read_text
+    from train_eagle3 import TEXT, descend, new_optimizers, read_text
     target = ByteTokenizer(Tokenizer.from_file(str(demo_model() / "tokenizer.json")))
     texts = [tokens for tokens, _ in read_text(TEXT)]
     control = sorted(name for name, i in target.control.items() if any(i in tokens for tokens in texts))
@@ -271,8 +259,7 @@ def train(args) -> None:
         torch.nn.init.ones_(value) if "norm" in name else torch.nn.init.normal_(value, std=0.02)
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() == 1 or "embed" in name]
-    optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, lr=args.lr / 3, betas=(0.9, 0.98), weight_decay=0.0)]
+    optimizers = new_optimizers(matrices, others, args.lr)
 
     def losses(batch: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of a batch [b, context], and the share of tokens that were the likeliest."""
@@ -283,15 +270,8 @@ def train(args) -> None:
 
     updates, seen = max(1, args.tokens // (args.batch * args.context)), 0
     for update in range(updates):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:                        # warm up, stay, fall over the second half
-                group["lr"] = group.setdefault("base", group["lr"]) * min((update + 1) / 50, 1.0, 2 * (updates - update) / updates)
         loss, _ = losses(blocks[torch.randint(len(blocks), (args.batch,))].to(args.device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        descend(loss, optimizers, min((update + 1) / 50, 1.0, 2 * (updates - update) / updates))   # warm up, stay, fall over the second half
         if update % 50 == 49 or update == updates - 1:
             print(f"{update + 1} of {updates} updates, loss {loss.item():.3f}", flush=True)
     with torch.no_grad():
@@ -303,17 +283,9 @@ def train(args) -> None:
 def save(model: Model, tokenizer, folder: Path) -> None:
     """Write a checkpoint folder with transformers' names, in bfloat16."""
     from safetensors.torch import save_file
-    c, tensors = model.config, {}
-    sizes = [heads * c.head_dim for heads in (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)]
-    for name, value in model.state_dict().items():
-        if name.endswith("qkv_proj.weight"):
-            tensors |= {name.replace("qkv", part): piece for part, piece in zip("qkv", value.split(sizes))}
-        elif name.endswith("gate_up_proj.weight"):
-            tensors |= {name.replace("gate_up", part): piece for part, piece in zip(("gate", "up"), value.chunk(2))}
-        elif name != "lm_head.weight":
-            tensors[name] = value
+    c = model.config
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({f"model.{name}": value.to("cpu", torch.bfloat16).contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    save_file(unstacked(model, checkpoint_layout(model), torch.bfloat16), folder / "model.safetensors")
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "hidden_act": "silu",
