@@ -377,12 +377,14 @@ class State:
 
 class Sequence:
     """One text on its way: prompt, settings, state, and what came of them so far. Raises ValueError on an empty prompt, one
-    longer than the context or of another vocabulary, or a method that needs a draft head there is not."""
+    longer than the context or of another vocabulary, or a method that needs a draft head there is not.
+
+    progress: called while the prompt is read, with (tokens read, tokens in all)."""
 
     def __init__(self, model: Model, prompt: list[int], config: GraftConfig, state: State | None = None,
-                 stopped: Callable[[list[int]], bool] | None = None):
+                 stopped: Callable[[list[int]], bool] | None = None, progress: Callable[[int, int], None] = lambda read, total: None):
         vocab, self.limit = model.config.vocab_size, model.config.max_position_embeddings
-        self.prompt, self.config, self.method, self.stopped = prompt, config, METHODS[config.method], stopped
+        self.prompt, self.config, self.method, self.stopped, self.progress = prompt, config, METHODS[config.method], stopped, progress
         self.state = state or State(model)
         self.drafter = self.state.drafter if self.method.draft else None
         if not prompt:
@@ -487,6 +489,7 @@ def prefill(model: Model, sequence: Sequence) -> Round:
             if drafter:
                 drafter.observe(features, torch.tensor([prompt[start:end] + [following]], device=model.device))
             start = end
+            sequence.progress(end, len(prompt))
         state.tokens = list(prompt)
         state.ngrams.append([following])
     return sequence.commit(None, [], following)

@@ -345,10 +345,17 @@ def draw_tree(tree: Tree, path: list[int], text: Text, colour: bool) -> str:
 
 # ----------------------------------------------------------------------------------------------------------- commands
 
+def show_reading(read: int, total: int) -> None:
+    """On a terminal, a bar while a long prompt is read; gone when it is."""
+    if total >= 1024 and sys.stderr.isatty():
+        bar = f"reading the prompt [{'#' * (20 * read // total):<20}] {read:,} of {total:,} tokens"
+        say("\r" + (bar if read < total else "\033[K"), end="")
+
+
 def answer(setup: Setup, plan: Plan, ids: list[int], state: State, args, show=None) -> tuple[list[int], str, Stats, float]:
     """Generate, stream the text to `show`, and return tokens, text, statistics and seconds. Ctrl-C keeps what is there."""
     start, stream = time.perf_counter(), Stream(setup.text, args.stop)
-    sequence = Sequence(setup.model, ids, plan.config, state, stop_check(setup.text, args.stop))
+    sequence = Sequence(setup.model, ids, plan.config, state, stop_check(setup.text, args.stop), show_reading)
     stats, emit = sequence.stats, show if show and not args.show_tree else lambda piece: None
     try:
         for number, (_, step) in enumerate(run_rounds(setup.model, [sequence], plan.verify)):
@@ -481,6 +488,8 @@ def total(runs: list[dict], plain: list[dict] | None) -> dict:
     out = {"tokens": tokens, "seconds": round(seconds, 3), "tokens_per_second": round(tokens / seconds, 2),
            "decode_tokens_per_second": round((tokens - len(runs)) / max(decoding, 1e-9), 2),
            "mean_accepted": round((tokens - len(runs)) / max(rounds, 1), 3)}
+    if runs[0]["peak_megabytes"] is not None:
+        out["peak_megabytes"] = round(max(r["peak_megabytes"] for r in runs))
     if plain:
         slow = total(plain, None)
         ratios = sorted(r["tokens"] / r["seconds"] / (p["tokens"] / p["seconds"]) for r, p in zip(runs, plain))
@@ -528,6 +537,20 @@ def finished(partial: Path, key: str) -> list[dict]:
     with whole(partial) as file:
         file.write_text("".join(line + "\n" for line in [key, *entire]), encoding="utf-8")
     return [json.loads(line) for line in entire]
+
+
+def peak_memory(device: torch.device, reset: bool = False) -> float | None:
+    """Most megabytes held since the last reset: of the GPU's allocator, or resident (Linux; None elsewhere)."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+    except OSError:
+        return None
 
 
 def complete(setup: Setup, plan: Plan, batch: list[list[int]], args) -> list[tuple[list[int], Stats, float]]:
@@ -603,9 +626,12 @@ def command_bench(args) -> int:
             found = [{} for _ in batch]
             for turn in range(len(methods)):    # the order turns, so that no method always runs first
                 name = methods[(turn + number // args.batch_size) % len(methods)]
-                for one, i, (output, stats, seconds) in zip(found, batch, complete(setup, plans[name], [encoded[i] for i in batch], args)):
+                peak_memory(setup.model.device, reset=True)
+                completed = complete(setup, plans[name], [encoded[i] for i in batch], args)
+                peak = peak_memory(setup.model.device)
+                for one, i, (output, stats, seconds) in zip(found, batch, completed):
                     one[name] = output, {"id": prompts[i]["id"], "task": prompts[i]["task"], "prompt_tokens": len(encoded[i]), "tokens": len(output),
-                                         "seconds": seconds, "rounds": stats.rounds, "steps": dict(stats.seconds), "nodes": dict(stats.nodes),
+                                         "seconds": seconds, "peak_megabytes": peak, "rounds": stats.rounds, "steps": dict(stats.seconds), "nodes": dict(stats.nodes),
                                          "accepted": dict(stats.accepted), "stages": dict(stats.stages), "merged": {"nodes": stats.merged}}
             if partial:
                 with open(partial, "a", encoding="utf-8") as file:
@@ -621,7 +647,7 @@ def command_bench(args) -> int:
     tasks = sorted({p["task"] for p in prompts})
     of = lambda name, task: [r for r in runs[name] if task in (None, r["task"])]
     table = {name: total(of(name, None), of("ar", None)) | {
-        "by_task": {task: total(of(name, task), of("ar", task)) for task in tasks},
+        "by_task": {task: total(of(name, task), of("ar", task)) | {"prompt_tokens": sum(r["prompt_tokens"] for r in of(name, task))} for task in tasks},
         **{key: {k: round(sum(r[key].get(k, 0) for r in runs[name]), 3) for k in sorted({k for r in runs[name] for k in r[key]})}
            for key in ("steps", "nodes", "merged", "accepted", "stages")}} for name in methods}
     exacting = [name for name in methods if not plans[name].lossy]

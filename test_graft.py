@@ -461,6 +461,22 @@ def test_a_longer_match_wins_and_the_index_is_bounded():
     assert len(small.tokens) <= 100 and all(len(p) <= 4 for p in small.after.values()) and small.propose(3)[0] == [1000 % 7, 1001 % 7, 1002 % 7]
 
 
+@pytest.mark.parametrize("length", (1_000, 100_000))
+def test_a_lookup_reads_as_much_of_a_long_text_as_of_a_short_one(length):
+    class Counted(list):
+        reads = 0
+
+        def __getitem__(self, at):
+            Counted.reads += len(range(*at.indices(len(self)))) if isinstance(at, slice) else 1
+            return list.__getitem__(self, at)
+
+    index = NGramIndex(places=16, longest=8)
+    index.append([i % 50 for i in range(length)])                                  # the longest matches everywhere
+    index.tokens = Counted(index.tokens)
+    tokens, _, _ = index.propose(20, (3, 4))
+    assert len(tokens) == 16 and 0 < Counted.reads <= 8 + 16 * (8 + 2 * 16 + 2)    # the tail; of each place, its match and what follows
+
+
 def test_stores_come_back_and_others_are_refused(tmp_path):
     matrix, index = AdjacencyMatrix(VOCAB), NGramIndex()
     matrix.update(torch.arange(5), torch.randn(5, VOCAB))

@@ -10,6 +10,7 @@ held-out ones of the self-made text. On a CPU start it alone: another busy proce
 
 import argparse
 import json
+import random
 import sys
 import time
 from collections import Counter
@@ -21,8 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import run  # noqa: E402
 from calibrate import floor, held_out_prompts, measure, median_ms  # noqa: E402
+from demo_model import command_line  # noqa: E402
 from graft import Sequence, run_rounds  # noqa: E402
 from model import Linear  # noqa: E402
+from retrieval import AdjacencyMatrix, NGramIndex  # noqa: E402
 
 
 @torch.inference_mode()
@@ -71,6 +74,25 @@ def rounds(setup: run.Setup, prompts: list[list[int]]) -> dict:
             "overhead_share": round(1 - share["target forward"] - share["head forward"], 4)}
 
 
+def lookups(lengths=(1_000, 10_000, 100_000), vocab: int = 5_000, size: int = 32) -> dict:
+    """Microseconds to retrieve `size` tokens behind synthetic texts of these lengths, half of them copied from further up."""
+    rng, times = random.Random(0), {}
+    text = [rng.randrange(vocab) for _ in range(100)]
+    for length in lengths:
+        while len(text) < length:
+            start = rng.randrange(len(text) - 20)
+            text += text[start:start + 20] + [rng.randrange(vocab) for _ in range(20)]
+        ngrams, matrix = NGramIndex(), AdjacencyMatrix(vocab)
+        ngrams.append(text[:length])
+        for at in range(0, length, 500):
+            found = torch.tensor(text[at:at + 500])
+            matrix.update(found, torch.randn(len(found), vocab))
+        paths = [tuple(text[at:at + 4]) for at in rng.sample(range(length - 4), 200)]
+        calls = {"ngram": lambda: [ngrams.propose(size, path) for path in paths], "adjacency": lambda: [matrix.propose([path[-1]], size) for path in paths]}
+        times[length] = {name: round(5 * ms, 1) for name, ms in median_ms(calls, 15).items()}
+    return times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
@@ -82,9 +104,10 @@ def main() -> None:
     setup = run.set_up(run.parse(["x", "--dtype", args.dtype, "--max-new-tokens", "96", *(["--device", args.device] if args.device else [])]))
     t, observe, head = measure(setup, 256, args.repeats)
     bare = {n: products(setup.model, n, args.repeats) for n in (1, 8, 16, 32)}
-    report = {"command": "python tools/gap.py " + " ".join(sys.argv[1:]), "environment": run.environment(setup), "floor": floor(setup.model, t),
+    report = {"command": command_line("tools/gap.py"), "environment": run.environment(setup), "floor": floor(setup.model, t),
               "milliseconds": {f"forward_{n}": round(t[n - 1], 2) for n in (1, 4, 8, 16, 32)} | {f"products_{n}": round(ms, 2) for n, ms in bare.items()}
               | {"head_step": round(head, 2), "head_observe": round(observe, 2)},
+              "lookup_microseconds_by_text_length": lookups(),
               "graft": rounds(setup, held_out_prompts(args.prompts))}
     print(json.dumps(report, indent=1))
     Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from calibrate import bandwidth, median_ms  # noqa: E402
+from demo_model import command_line  # noqa: E402
 from model import Model, ModelConfig  # noqa: E402
 from tree import DRAFT, Tree  # noqa: E402
 
@@ -85,7 +86,7 @@ def main() -> None:
     idle = 1 - config.num_experts_per_tok / config.num_experts if config.num_experts else 0.0          # experts that one row does not choose
     read = sum(p.numel() * (1 - idle * (p.dim() == 3)) for name, p in tensors.items() if "embed_tokens" not in name)
     floor = read * size / speed / 1e6
-    report = {"command": "python tools/latency_curve.py " + " ".join(sys.argv[1:]), "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine(),
+    report = {"command": command_line("tools/latency_curve.py"), "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine(),
               "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": args.dtype, "layers": config.num_hidden_layers, "committed_tokens": args.length,
               "gigabytes_per_second": round(speed, 1), "floor_ms_one_row": round(floor, 3), "milliseconds_by_nodes": times,
               "over_floor": round(times[0] / floor, 3), "verify_8_over_plain": round(times[7] / times[0], 3), "peak_mebibytes_by_nodes": peaks}

@@ -322,7 +322,8 @@ def report_progress(seen: int, tokens: int, loss: float, speed: float) -> None:
 
 
 def train(args) -> None:
-    """Minimise the cross-entropy to the target's distribution on the draft vocabulary, in every chained step (training-time test).
+    """Minimise the cross-entropy to the target's distribution on the draft vocabulary, in every chained step (training-time test);
+    a batch has a random number of them.
 
     Matrices are updated by Muon, the rest by AdamW. The learning rate warms up, stays, and falls linearly over the last part
     of the run. The state is saved every few minutes; the same command continues."""
@@ -382,9 +383,10 @@ def train(args) -> None:
                 wanted = F.linear(last, rows).float().softmax(-1)                                     # [b, n - 1, draft V]
             loss, share = 0.0, 0.0
             with torch.autocast(args.device.split(":")[0], torch.bfloat16):
-                for step, logits in enumerate(chain(head, tokens[:, 1:], features[:, :-1, :3 * H], args.steps)):
+                steps = rng.randint(1, args.steps)                               # more text for the same work than all steps every time
+                for step, logits in enumerate(chain(head, tokens[:, 1:], features[:, :-1, :3 * H], steps)):
                     here = weight[:, step:]
-                    losses = torch.logsumexp(logits[:, step:].float(), -1) - (wanted[:, step:] * logits[:, step:]).sum(-1)
+                    losses = F.cross_entropy(logits[:, step:].flatten(0, 1), wanted[:, step:].flatten(0, 1), reduction="none").view_as(here)
                     loss = loss + args.fade**step * (losses * here).sum() / here.sum()
                     share += args.fade**step
             loss = loss / share
@@ -491,7 +493,7 @@ def main() -> None:
     fit.add_argument("--start", help="folder of a head to start from; its draft vocabulary may differ")
     fit.add_argument("--tokens", type=int, default=4_000_000, help="training tokens, repetitions included")
     fit.add_argument("--draft-vocab", type=int, default=8192)
-    fit.add_argument("--steps", type=int, default=4, help="chained steps")
+    fit.add_argument("--steps", type=int, default=4, help="most chained steps; each batch has 1 to so many")
     fit.add_argument("--fade", type=float, default=0.8, help="weight of a step's loss relative to the one before")
     fit.add_argument("--user-weight", type=float, default=0.3, help="weight of the user's turn in the loss")
     fit.add_argument("--batch-tokens", type=int, default=2048)
