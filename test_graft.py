@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import run
 import train_eagle3  # in tools/, which run.py puts on the path
-from graft import METHODS, EagleDrafter, GraftConfig, Sampler, State, generate, generate_batch
+from graft import METHODS, EagleDrafter, GraftConfig, Sampler, Sequence, State, generate, generate_batch, run_rounds
 from model import CheckpointError, Eagle3, Model, ModelConfig, load_eagle3, load_model
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, template
 from tree import ADJACENCY, DRAFT, NGRAM, TARGET, Tree
@@ -891,4 +891,13 @@ def test_bench_writes_its_table(tmp_path):
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["lossless"]["retrieve"] == {"identical": 2, "near_tie": 0, "different": 0}
     assert not (tmp_path / "out.json.partial").exists()
-    assert report["methods"]["ar"]["by_task"]["t0"]["mean_accepted"] == 1.0 and report["environment"]["dtype"] == "float32"
+    plain = report["methods"]["ar"]
+    assert plain["by_task"]["t0"]["mean_accepted"] == 1.0 and report["environment"]["dtype"] == "float32"
+    assert plain["peak_megabytes"] > 500                                           # 135M weights in float32
+    assert plain["by_task"]["t0"]["prompt_tokens"] == plain["by_task"]["t1"]["prompt_tokens"] > 20
+
+
+def test_while_a_prompt_is_read_progress_is_told():
+    told = []
+    list(run_rounds(MODEL, [Sequence(MODEL, [1] * 25, GraftConfig(method="ar", max_new_tokens=2, prefill_chunk=10), progress=lambda *at: told.append(at))]))
+    assert told == [(10, 25), (20, 25), (25, 25)]

@@ -3,8 +3,8 @@
     python tools/endurance.py generate --tokens 100000    # demo model; exit 1 where memory or a store outgrows its bound
     python tools/endurance.py fuzz --minutes 10           # exit 1 at the first violation, with the command that repeats it
 
-On a CPU, oneDNN keeps its last 1,024 kernels: 65 MB came in the first 2,000 tokens. They are in the first quarter of a long run;
-for a short one set ONEDNN_PRIMITIVE_CACHE_CAPACITY=32.
+On a CPU, oneDNN compiles kernels for each number of rows that it meets in a matrix product and keeps them, some hundred MB by and
+by. They are in the first quarter of a long run.
 """
 
 import argparse

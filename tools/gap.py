@@ -10,7 +10,10 @@ held-out ones of the self-made text. On a CPU start it alone: another busy proce
 
 import argparse
 import json
+import os
 import random
+import statistics
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -93,6 +96,24 @@ def lookups(lengths=(1_000, 10_000, 100_000), vocab: int = 5_000, size: int = 32
     return times
 
 
+def first_use(repeats: int) -> dict:
+    """What a person at the command line sees, the model being on disk: seconds from the command to the first text and to the end of
+    64 tokens, and the process's peak memory; and both of a process that only imports torch. Medians."""
+    rows = {"run.py": [], "import torch": []}
+    for _ in range(repeats):
+        for name, command in (("run.py", ["run.py", "Why is the sky blue?", "--max-new-tokens", "64", "--quiet"]), ("import torch", ["-c", "import torch; print()"])):
+            begin = time.perf_counter()
+            with subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE) as process:
+                process.stdout.read(1)
+                first = time.perf_counter() - begin
+                process.stdout.read()
+                _, _, usage = os.wait4(process.pid, 0)
+                process.returncode = 0
+            rows[name].append((first, time.perf_counter() - begin, usage.ru_maxrss / 1024))
+    return {name: dict(zip(("seconds_to_first_text", "seconds", "peak_megabytes"), (round(statistics.median(column), 2) for column in zip(*found))))
+            for name, found in rows.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
@@ -108,7 +129,7 @@ def main() -> None:
               "milliseconds": {f"forward_{n}": round(t[n - 1], 2) for n in (1, 4, 8, 16, 32)} | {f"products_{n}": round(ms, 2) for n, ms in bare.items()}
               | {"head_step": round(head, 2), "head_observe": round(observe, 2)},
               "lookup_microseconds_by_text_length": lookups(),
-              "graft": rounds(setup, held_out_prompts(args.prompts))}
+              "graft": rounds(setup, held_out_prompts(args.prompts)), "command_line": first_use(5)}
     print(json.dumps(report, indent=1))
     Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
