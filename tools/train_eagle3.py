@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "assets" / "smollm2-135m-text.safetensors"
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from demo_model import cache_folder, command_line, demo_model  # noqa: E402
-from model import Eagle3, KVCache, Model, fetch_checkpoint, load_eagle3, load_model  # noqa: E402
+from model import Eagle3, KVCache, Model, _stacked, fetch_checkpoint, load_eagle3, load_model, unstacked  # noqa: E402
 from retrieval import whole  # noqa: E402
 
 SHORT = [                                                                          # how a user's turn may begin
@@ -251,19 +251,13 @@ def new_head(target: Model, d2t: torch.Tensor) -> Eagle3:
 def save_head(head: Eagle3, folder: Path, target: Model, note: dict) -> None:
     """Write the published EAGLE-3 layout in bfloat16; `embed_tokens` is shared with the target and left out."""
     c = head.config
-    q, k, v = head.self_attn.qkv_proj.weight.split([c.num_attention_heads * c.head_dim] + [c.num_key_value_heads * c.head_dim] * 2)
-    gate, up = head.mlp.gate_up_proj.weight.chunk(2)
-    layer = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": head.self_attn.o_proj.weight,
-             "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": head.mlp.down_proj.weight,
-             "input_layernorm": head.input_layernorm.weight, "hidden_norm": head.hidden_norm.weight,
-             "post_attention_layernorm": head.post_attention_layernorm.weight}
-    tensors = {f"midlayer.{name}.weight": value for name, value in layer.items()}
-    tensors |= {"fc.weight": head.fc.weight, "norm.weight": head.norm.weight, "lm_head.weight": head.lm_head.weight}
+    tensors = unstacked(head, _stacked(c, "", "", 2 * c.hidden_size, c.intermediate_size), torch.bfloat16)
+    tensors = {name if name in ("fc.weight", "norm.weight", "lm_head.weight") else f"midlayer.{name}": value
+               for name, value in tensors.items() if name not in ("embed_tokens.weight", "d2t")}
     t2d = torch.zeros(c.vocab_size, dtype=torch.bool)
     t2d[torch.arange(c.draft_vocab_size) + head.d2t.cpu()] = True
-    tensors = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in tensors.items()} | {"d2t": head.d2t.cpu(), "t2d": t2d}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors | {"d2t": head.d2t.cpu(), "t2d": t2d}, folder / "model.safetensors")
     rope = target.config.rope
     (folder / "config.json").write_text(json.dumps({
         "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "torch_dtype": "bfloat16", "hidden_act": "silu",
