@@ -227,12 +227,13 @@ class KVCache:
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put keys and values [b, k, n, d] behind the committed rows; return views [b, k, length + n, d] to attend to."""
-        end = self.length + keys.shape[2]
+        n, end = keys.shape[2], self.length + keys.shape[2]
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} rows and {end} are needed; reserve more")
-        self.keys[layer, :, :, self.length:end] = keys
-        self.values[layer, :, :, self.length:end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        all_keys, all_values = self.keys[layer], self.values[layer]                # narrow is indexing, at a third of its time
+        all_keys.narrow(2, self.length, n).copy_(keys)
+        all_values.narrow(2, self.length, n).copy_(values)
+        return all_keys.narrow(2, 0, end), all_values.narrow(2, 0, end)
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Write keys and values, then let queries [b, k, g*n, d] read all that is there; returns [b, k, g*n, d]."""
@@ -293,7 +294,7 @@ class Linear(nn.Module):
         n = x.shape[-2]
         if n > 32 and n % 8:     # oneDNN keeps megabytes of code for every number of rows that it has seen: let it see few
             return self(F.pad(x, (0, 0, 0, -n % 8)))[..., :n, :]
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, None, "none", [], "")
 
 
 class RMSNorm(nn.Module):
@@ -305,7 +306,7 @@ class RMSNorm(nn.Module):
         """The layer norm of (x, -x), whose mean is 0 and whose variance is the mean of x squared: on a CPU one fused kernel
         instead of eight small ones, and in bfloat16 rounded exactly as in transformers."""
         size = x.shape[-1]
-        return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=self.eps)[..., :size] * self.weight
+        return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=self.eps).narrow(-1, 0, size) * self.weight
 
 
 class Attention(nn.Module):
@@ -322,15 +323,14 @@ class Attention(nn.Module):
         """Queries [b, k, g*n, d], keys and values [b, k, n, d] of x [b, n, inputs], at their positions."""
         b, n, _ = x.shape
         h, k, d, g = self.h, self.k, self.d, self.h // self.k
-        qkv = self.qkv_proj(x).view(b, n, h + 2 * k, d)
-        qk, values = qkv[:, :, :h + k], qkv[:, :, h + k:]
+        qk, values = self.qkv_proj(x).view(b, n, h + 2 * k, d).split((h + k, k), dim=2)
         if self.qk_norm:
             qk = torch.cat((self.q_norm(qk[:, :, :h]), self.k_norm(qk[:, :, h:])), dim=2)
-        cos, sin = rotary                                                          # [b, n, 1, d]
-        qk = qk * cos + torch.cat((-qk[..., d // 2:], qk[..., :d // 2]), dim=-1) * sin
+        cos, sin = rotary                                                          # [b, n, 1, d]; sin of the first half is negative
+        queries, keys = (qk * cos + qk.roll(d // 2, -1) * sin).split((h, k), dim=2)
         # The g query heads that share a key head become rows of one attention: no key is read or copied twice.
-        queries = qk[:, :, :h].view(b, n, k, g, d).permute(0, 2, 3, 1, 4).reshape(b, k, g * n, d)
-        return queries, qk[:, :, h:].transpose(1, 2), values.transpose(1, 2)
+        queries = queries.view(b, n, k, g, d).permute(0, 2, 3, 1, 4).reshape(b, k, g * n, d)
+        return queries, keys.transpose(1, 2), values.transpose(1, 2)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache, layer: int) -> Tensor:
         b, n, _ = x.shape
@@ -399,10 +399,11 @@ class _Decoder(nn.Module):
         self.register_buffer("inverse", inverse, persistent=False)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [b, n, 1, d] for positions [b, n], computed in float32."""
-        angles = positions[..., None].float() * self.inverse
-        angles = torch.cat((angles, angles), dim=-1)[:, :, None]
-        return (angles.cos() * self.rope_factor).to(dtype), (angles.sin() * self.rope_factor).to(dtype)
+        """cos and sin [b, n, 1, d] for positions [b, n], computed in float32. Dimension i turns with i + d/2, the first of the two by
+        -sin; the sign is in the table."""
+        angles = (positions[..., None].float() * self.inverse)[:, :, None]
+        cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
     def group(self, mask: Tensor | list | None, n: int, cache: KVCache | PackedCache, dtype: torch.dtype) -> Tensor | list | None:
         """A mask [n, m] or [b, n, m] (True = attend; None = causal) as attention reads it: [b, 1, g*n, m], made once a forward."""

@@ -19,7 +19,7 @@ round maximises 1 + A - rate * T, for the rate that this policy itself reaches. 
   coordinate search over recorded rounds: one pair (confidence, gain) for each step and each text position.
 
 Because output does not depend on the tree, every position of a greedy text is a round that could have started there. So the
-replay drafts to the full depth at each position of texts that the target wrote itself, builds the tree that each stopping step
+replay drafts to the full depth at each position of the target's answers to prompts of ours, builds the tree that each stopping step
 would have given, with live stores, notes every node's probability and whether the text went that way, and any policy can then
 be scored exactly by walking through the texts. `eagle` gets its own best fixed n and depth; the paper's 60 nodes in stages of
 8, 24 and 40 are scored too, for comparison.
@@ -42,11 +42,10 @@ import run  # noqa: E402
 from demo_model import command_line  # noqa: E402
 from graft import GraftConfig, Sampler, Sequence, Stats, draft_and_prune, graft, retrieve  # noqa: E402
 from model import Model  # noqa: E402
-from train_eagle3 import TEXT, read_text  # noqa: E402
 from tree import ADJACENCY, DRAFT, NGRAM, Tree  # noqa: E402
 
 DEPTH, TOP_K, WIDEST = 7, 8, 60
-HELD_OUT = 240      # conversations at the start of the text: the first shard, which training leaves out
+PROMPTS = str(ROOT / "tools" / "calibration_prompts.jsonl")      # written by us, of the kinds that people ask; no benchmark's
 
 
 def median_ms(runs: dict, repeats: int) -> dict:
@@ -119,10 +118,9 @@ def floor(model, t: list[float]) -> dict:
             "plain_over_floor": round(t[0] / ms, 2), "verify_8_over_plain": round(t[7] / t[0], 2), "verify_16_over_plain": round(t[15] / t[0], 2)}
 
 
-def held_out_prompts(count: int, text: Path = TEXT) -> list[list[int]]:
-    """Prompts, spread over the conversations that training leaves out."""
-    held = read_text(text)[:HELD_OUT]
-    return [tokens[:answer_from] for tokens, answer_from in held[::max(1, len(held) // count)]][:count]
+def read_prompts(setup: run.Setup, path: str = PROMPTS) -> list[list[int]]:
+    """Token ids of prompts in the benchmark's format."""
+    return [setup.ids([{"role": "user", "content": entry["text"]}]) for entry in run.read_prompts(path, None)]
 
 
 class Replay:
@@ -271,7 +269,7 @@ def choose(score: Scorer, method: str) -> dict:
     for sweep in range(4):
         reached, before = value(), (list(taus), depth, rate, sure)
         speeds = {r: score.walk_priced(method, taus, depth, r, sure)["tokens_per_second"]
-                  for r in (round(reached * factor, 3) for factor in (0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2))}
+                  for r in (round(reached * factor, 3) for factor in (0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0, 2.4))}
         rate = max(r for r, speed in speeds.items() if speed > 0.995 * max(speeds.values()))
         if method == "retrieve":
             continue
@@ -308,15 +306,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model"), parser.add_argument("--draft"), parser.add_argument("--device"), parser.add_argument("--out")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
-    parser.add_argument("--text", default=str(TEXT), help="self-made text whose prompts are replayed (tools/train_eagle3.py text)")
-    parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--prompts", default=PROMPTS, metavar="FILE.jsonl", help="what the replayed texts answer")
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--length", type=int, default=256, help="committed tokens when t(n) is measured")
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
     given = [word for name in ("model", "draft", "device") if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
     setup = run.set_up(run.parse(["calibrating", "--dtype", args.dtype, *given]))
-    prompts = held_out_prompts(args.prompts, Path(args.text))
+    prompts = read_prompts(setup, args.prompts)
     t, observe, head = measure(setup, args.length, args.repeats)
     print("t(n), ms:", {n: round(t[n], 1) for n in (0, 3, 7, 15, 31, 60)}, f"observe {observe:.2f}, head step {head:.2f}")
     begin = time.perf_counter()
