@@ -262,7 +262,7 @@ class Drafter:
         start, count = self.cache.length, tokens.shape[1]
         self.cache.reserve(_roomy(start + count))
         positions = torch.arange(start, start + count, device=tokens.device)[None] + self.dropped
-        logits, hidden = self.step(tokens, hidden, positions, None)
+        logits, hidden = self.step(tokens, hidden, positions, None)                # no mask: the last token's logits are enough
         self.cache.commit(list(range(count)))
         self.logits, self.hidden = logits[:, -1], hidden[:, -1:]
 
@@ -322,7 +322,7 @@ class EagleDrafter(Drafter):
             self.cache.drop(self.cache.length - self.window)
 
     def step(self, tokens: Tensor, hidden: Tensor, positions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.head(tokens, hidden, positions, self.cache, mask)
+        return self.head(tokens, hidden, positions, self.cache, mask, last_only=mask is None)
 
 
 class ModelDrafter(Drafter):
@@ -341,7 +341,7 @@ class ModelDrafter(Drafter):
         self.read(unread, torch.empty(*unread.shape, 0, device=unread.device))
 
     def step(self, tokens: Tensor, hidden: Tensor, positions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """A model needs no feature from the step above, so `hidden` [1, n, 0] goes through empty. Without a mask it reads text."""
+        """A model needs no feature from the step above, so `hidden` [1, n, 0] goes through empty."""
         return self.model(tokens, positions, self.cache, mask, last_only=mask is None)[0], hidden
 
 

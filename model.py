@@ -497,15 +497,15 @@ class Eagle3(_Decoder):
         """Ids in the draft vocabulary -> ids in the target's, any shape."""
         return draft_ids + self.d2t[draft_ids]
 
-    def forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, cache: KVCache,
-                mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None = None, *,
+                last_only: bool = False) -> tuple[Tensor, Tensor]:
         """One draft step. tokens, positions [b, n]; hidden [b, n, H] is `fc(target features)` or this method's own second
-        result; mask as in Model.forward. Returns logits over the draft vocabulary [b, n, draft V] and hidden [b, n, H]."""
+        result; mask, last_only as in Model.forward. Returns logits [b, n or 1, draft V] and hidden [b, n, H]."""
         x = torch.cat((self.input_layernorm(self.embed_tokens(tokens)), self.hidden_norm(hidden)), dim=-1)  # [b, n, 2H]
         mask = self.group(mask, tokens.shape[1], cache, x.dtype)
         hidden = hidden + self.self_attn(x, self.rotary(positions, x.dtype), mask, cache, 0)
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return self.lm_head(self.norm(hidden)), hidden
+        return self.lm_head(self.norm(hidden[:, -1:] if last_only else hidden)), hidden
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
