@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--json", required=True)
     args = parser.parse_args()
+    seen = first_use(5)       # before this process grows: Linux counts a parent's memory at the start towards its child's peak
     setup = run.set_up(run.parse(["x", "--dtype", args.dtype, "--max-new-tokens", "96", *(["--device", args.device] if args.device else [])]))
     t, observe, head = measure(setup, 256, args.repeats)
     bare = {n: products(setup.model, n, args.repeats) for n in (1, 8, 16, 32)}
@@ -129,7 +130,7 @@ def main() -> None:
               "milliseconds": {f"forward_{n}": round(t[n - 1], 2) for n in (1, 4, 8, 16, 32)} | {f"products_{n}": round(ms, 2) for n, ms in bare.items()}
               | {"head_step": round(head, 2), "head_observe": round(observe, 2)},
               "lookup_microseconds_by_text_length": lookups(),
-              "graft": rounds(setup, read_prompts(setup)[:args.prompts]), "command_line": first_use(5)}
+              "graft": rounds(setup, read_prompts(setup)[:args.prompts]), "command_line": seen}
     print(json.dumps(report, indent=1))
     Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
