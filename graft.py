@@ -58,7 +58,6 @@ class GraftConfig:
     checkpoints: tuple[int, ...] = (0, 1, 5)     # expansion steps d after which confidence is checked
     thresholds: tuple[float, ...] = (0.4, 0.3, 0.1)   # tau_d: stop drafting where exp(max S_d) is below
     retained: tuple[float, ...] = (8 / 60, 24 / 60, 40 / 60)   # the budget's share that a stage's draft keeps
-    sure: float = 1.0                            # n-gram probability from which the root's children are draft enough (ours)
     verify_cost: tuple[float, ...] = ()          # price of verifying n = 0, 1, ... nodes, in tokens; empty: the budget decides alone
     trust: tuple[float, float] = (1.0, 1.0)      # factors on the probability of n-gram and adjacency nodes beside the head's own
     graft_anchors: int = 4                       # draft nodes, besides the root, that retrieval may continue
@@ -83,7 +82,7 @@ class GraftConfig:
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}; expected a whole number from {low} to {high}")
-        for name, low, high in (("temperature", 0, 100), ("repetition_penalty", 0.01, 100), ("top_p", 1e-6, 1), ("min_p", 0, 1), ("sure", 0, 1)):
+        for name, low, high in (("temperature", 0, 100), ("repetition_penalty", 0.01, 100), ("top_p", 1e-6, 1), ("min_p", 0, 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}; expected a number from {low} to {high}")
@@ -496,19 +495,14 @@ def prefill(model: Model, sequence: Sequence) -> Round:
 
 
 def draft_and_prune(sequence: Sequence) -> Tree:
-    """Steps 1 and 2. Draft step by step; where confidence c_d = exp(max S_d) falls below tau_d, stop and keep that stage's share.
-    Where the n-gram index is sure of what follows, do not draft beyond the root's children (ours)."""
+    """Steps 1 and 2. Draft step by step; where confidence c_d = exp(max S_d) falls below tau_d, stop and keep that stage's share."""
     config, method, stats = sequence.config, sequence.method, sequence.stats
     with stats.clock("draft"):
         if not sequence.drafter:
             return Tree.rooted(sequence.root)
         share, stage = UNPRUNED if method.retrieve and not method.prune else 1.0, "full"
-        depth, seen = config.depth, 1
-        if method.prune and method.retrieve and config.ngrams and config.sure < 1:
-            _, _, scores = sequence.state.ngrams.propose(1)
-            if scores and math.exp(scores[0]) >= config.sure:
-                depth, stage = 0, "sure"
-        for step, tree in enumerate(sequence.drafter.expand(sequence.root, depth, config.draft_top_k, sequence.sampler)):
+        seen = 1
+        for step, tree in enumerate(sequence.drafter.expand(sequence.root, config.depth, config.draft_top_k, sequence.sampler)):
             newest, seen = tree.scores[seen:], len(tree)
             if method.prune and step in config.checkpoints:
                 which = config.checkpoints.index(step)

@@ -547,7 +547,7 @@ def test_every_method_is_plain_decoding(method, seed, prompt, budget, depth, top
     thresholds = data.draw(st.sampled_from([(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.1, 0.05, 0.01)]))
     cost = data.draw(st.sampled_from([(), tuple(0.02 * n for n in range(budget + 1))]))
     config = GraftConfig(method=method, max_new_tokens=new, budget=budget, depth=depth, draft_top_k=top_k, thresholds=thresholds, verify_cost=cost,
-                         sure=data.draw(st.sampled_from([1.0, 0.3, 0.0])), merge=data.draw(st.booleans()), trust=data.draw(st.sampled_from([(1.0, 1.0), (0.5, 0.1)])),
+                         merge=data.draw(st.booleans()), trust=data.draw(st.sampled_from([(1.0, 1.0), (0.5, 0.1)])),
                          eos_token_ids=eos, prefill_chunk=data.draw(st.integers(1, 12)))
     state = State(model, EagleDrafter(tiny_head(model), data.draw(st.sampled_from([None, 1, 5]))), AdjacencyMatrix(VOCAB, 4), NGramIndex())
     got, stats = collect(model, prompt, config, state=state, stopped=stopped)
@@ -728,7 +728,7 @@ def test_attention_reads_what_is_committed_and_one_mask_serves_all_layers(monkey
 
 @pytest.mark.parametrize("fields", [dict(method="magic"), dict(budget=0), dict(max_new_tokens=0), dict(depth=-1), dict(top_k=1.5),
                                     dict(thresholds=(2, 0, 0)), dict(checkpoints=(5, 1, 0)), dict(retained=(1,)), dict(temperature=-1), dict(top_p=0), dict(min_p=2), dict(top_k=-1), dict(repetition_penalty=0),
-                                    dict(verify_cost=(0.0, 1.0)), dict(trust=(0.5, 0)), dict(sure=2)])
+                                    dict(verify_cost=(0.0, 1.0)), dict(trust=(0.5, 0))])
 def test_a_bad_config_names_its_field(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         GraftConfig(**fields)

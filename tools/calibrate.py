@@ -175,8 +175,7 @@ def record(setup: run.Setup, prompts: list[list[int]], new: int, trust: tuple[fl
             if not future:
                 continue
             confidence = [math.exp(max(tree.scores[len(trees[s - 1]) if s else 1:])) for s, tree in enumerate(trees)]
-            _, _, scores = state.ngrams.propose(1)
-            entry = {"confidence": confidence, "sure": math.exp(scores[0]) if scores else 0.0, "left": len(future), "graft": [], "prune": []}
+            entry = {"confidence": confidence, "left": len(future), "graft": [], "prune": []}
             built = lambda method, config: build(setup.model, root, replace(config, method=method), trees, state, len(future))
             for s in range(len(trees)):
                 for method in ("graft", "prune"):
@@ -231,10 +230,8 @@ class Scorer:
                 tokens, rounds, verified, at = tokens + accepted + 1, rounds + 1, verified + n, at + accepted + 1
         return {"tokens_per_second": 1000 * tokens / spent, "tokens_a_round": tokens / rounds, "nodes_a_round": verified / rounds}
 
-    def stop(self, position: dict, taus: list[float], depth: int, sure: float) -> int:
+    def stop(self, position: dict, taus: list[float], depth: int) -> int:
         """How many expansion steps are taken: the first step whose confidence is below its threshold is the last."""
-        if position["sure"] >= sure:
-            return 0
         for step in range(depth):
             if position["confidence"][step] < taus[step]:
                 return step
@@ -250,43 +247,42 @@ class Scorer:
                 best, n = gain - rate * (self.t[i] - self.t[0]) / 1000, i
         return n
 
-    def walk_priced(self, method: str, taus: list[float], depth: int, rate: float, sure: float = 2.0) -> dict:
+    def walk_priced(self, method: str, taus: list[float], depth: int, rate: float) -> dict:
         def decide(position):
             if method == "retrieve":
                 return -1, position["retrieve"], self.cut(position["retrieve"], rate)
-            steps = self.stop(position, taus, depth, sure)
+            steps = self.stop(position, taus, depth)
             nodes = position[method][steps]
             return steps, nodes, self.cut(nodes, rate)
         return self.walk(decide)
 
 
 def choose(score: Scorer, method: str) -> dict:
-    """Thresholds, depth and rate for a method that prunes, by coordinate search. The best rate for prices lies below the rate
-    reached, because the estimates are of the target's distribution and its greedy choice is surer than that (`reliability`). Of rates
-    that are as good the highest is taken: its trees are smaller, which costs least where text is less predictable than here."""
-    taus, depth, rate, sure = [0.3] * DEPTH, 0 if method == "retrieve" else 4, 60.0, 1.0
-    value = lambda: score.walk_priced(method, taus, depth, rate, sure)["tokens_per_second"]
+    """Thresholds, depth and rate for a method that prunes, by coordinate search. The best rate for prices is not quite the rate
+    reached: estimates are of the target's distribution, whose greedy choice is surer, and hold for all places, while a round starts where
+    the last one failed. Of rates that are as good the highest is taken: its trees are smaller, which costs least where text is less
+    predictable than here."""
+    taus, depth, rate = [0.3] * DEPTH, 0 if method == "retrieve" else 4, 60.0
+    value = lambda: score.walk_priced(method, taus, depth, rate)["tokens_per_second"]
     for sweep in range(4):
-        reached, before = value(), (list(taus), depth, rate, sure)
-        speeds = {r: score.walk_priced(method, taus, depth, r, sure)["tokens_per_second"]
+        reached, before = value(), (list(taus), depth, rate)
+        speeds = {r: score.walk_priced(method, taus, depth, r)["tokens_per_second"]
                   for r in (round(reached * factor, 3) for factor in (0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0, 2.4))}
         rate = max(r for r, speed in speeds.items() if speed > 0.995 * max(speeds.values()))
         if method == "retrieve":
             continue
-        depth = max(range(DEPTH + 1), key=lambda d: score.walk_priced(method, taus, d, rate, sure)["tokens_per_second"])
+        depth = max(range(DEPTH + 1), key=lambda d: score.walk_priced(method, taus, d, rate)["tokens_per_second"])
         for step in range(depth):
             scores = {}
             for tau in (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7):
-                scores[tau] = score.walk_priced(method, [*taus[:step], tau, *taus[step + 1:]], depth, rate, sure)["tokens_per_second"]
+                scores[tau] = score.walk_priced(method, [*taus[:step], tau, *taus[step + 1:]], depth, rate)["tokens_per_second"]
             taus[step] = max(scores, key=scores.get)
-        if method == "graft":
-            sure = max((1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), key=lambda s: score.walk_priced(method, taus, depth, rate, s)["tokens_per_second"])
-        if before == (list(taus), depth, rate, sure):
+        if before == (list(taus), depth, rate):
             break
-    result = score.walk_priced(method, taus, depth, rate, sure)
+    result = score.walk_priced(method, taus, depth, rate)
     budget = 32
     cost = [round(rate * ms / 1000, 4) for ms in score.t[:budget + 1]]
-    return {"config": {"budget": budget, "sure": sure, "draft_top_k": TOP_K, "depth": depth, "checkpoints": list(range(depth)), "thresholds": taus[:depth],
+    return {"config": {"budget": budget, "draft_top_k": TOP_K, "depth": depth, "checkpoints": list(range(depth)), "thresholds": taus[:depth],
                       "retained": [1.0] * depth, "verify_cost": cost}, "predicted": result}
 
 
