@@ -228,6 +228,10 @@ class Setup:
         good = self.model.dtype in (torch.float32, torch.float64)
         return self.model if good else load_model(self.folder, dtype=torch.float32, device=self.model.device)
 
+    def ask(self, words: str) -> list[int]:
+        """The prompt of a conversation's first turn."""
+        return self.ids([{"role": "user", "content": words}])
+
     def ids(self, messages: list[dict]) -> list[int]:
         if not self.chat:
             return self.text.encode(messages[-1]["content"])
@@ -384,7 +388,7 @@ def command_generate(args) -> int:
         raise ValueError("a prompt and --file were both given; expected one of them")
     prompt = check_text(args.prompt if args.prompt is not None else read_text(args.file, "--file"))
     setup = set_up(args)
-    ids = setup.ids([{"role": "user", "content": prompt}])
+    ids = setup.ask(prompt)
     plan = setup.plan(setup.method)
     state = setup.state(plan)
     show = None if args.json else lambda piece: print(piece, end="", flush=True)
@@ -571,7 +575,7 @@ def command_verify(args) -> int:
     plans = {"ar, other chunks": replace(plain, config=replace(plain.config, prefill_chunk=61))}
     plans |= {name: setup.plan(name) for name in known(args.methods or setup.method, "--methods") if name != "ar"}
     for number, prompt in enumerate(prompts):
-        ids = setup.ids([{"role": "user", "content": prompt["text"]}])
+        ids = setup.ask(prompt["text"])
         expected = complete(setup, plain, [ids], args)[0][0]
         for name, plan in plans.items():
             entry = divergence(exact, plain.config, ids, expected, complete(setup, plan, [ids], args)[0][0], setup.tie)
@@ -608,7 +612,7 @@ def command_bench(args) -> int:
     setup = set_up(args)
     if "ar" not in methods:
         methods = ["ar", *methods]
-    encoded = [setup.ids([{"role": "user", "content": p["text"]}]) for p in prompts]
+    encoded = [setup.ask(p["text"]) for p in prompts]
     runs: dict[str, list[dict]] = {name: [] for name in methods}
     outputs: dict[str, list[list[int]]] = {name: [] for name in methods}
     plans = {name: setup.plan(name) for name in methods}

@@ -79,7 +79,7 @@ def main() -> None:
     if args.gguf:
         calls["llama.cpp"] = llama_cpp(args.gguf, new, setup.model.config.eos_token_ids, 4096)
     prompts = run.read_prompts(args.prompts, args.limit_per_task)
-    encoded = [setup.ids([{"role": "user", "content": p["text"]}]) for p in prompts]
+    encoded = [setup.ask(p["text"]) for p in prompts]
     for name in list(calls):
         try:
             calls[name](encoded[0])                              # once uncounted

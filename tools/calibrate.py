@@ -118,11 +118,6 @@ def floor(model, t: list[float]) -> dict:
             "plain_over_floor": round(t[0] / ms, 2), "verify_8_over_plain": round(t[7] / t[0], 2), "verify_16_over_plain": round(t[15] / t[0], 2)}
 
 
-def read_prompts(setup: run.Setup, path: str = PROMPTS) -> list[list[int]]:
-    """Token ids of prompts in the benchmark's format."""
-    return [setup.ids([{"role": "user", "content": entry["text"]}]) for entry in run.read_prompts(path, None)]
-
-
 class Replay:
     """Stands in for a drafter: yields the recorded trees of one position."""
 
@@ -263,20 +258,18 @@ def choose(score: Scorer, method: str) -> dict:
     the last one failed. Of rates that are as good the highest is taken: its trees are smaller, which costs least where text is less
     predictable than here."""
     taus, depth, rate = [0.3] * DEPTH, 0 if method == "retrieve" else 4, 60.0
-    value = lambda: score.walk_priced(method, taus, depth, rate)["tokens_per_second"]
+    speed = lambda taus, depth, rate: score.walk_priced(method, taus, depth, rate)["tokens_per_second"]
     for sweep in range(4):
-        reached, before = value(), (list(taus), depth, rate)
-        speeds = {r: score.walk_priced(method, taus, depth, r)["tokens_per_second"]
-                  for r in (round(reached * factor, 3) for factor in (0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0, 2.4))}
-        rate = max(r for r, speed in speeds.items() if speed > 0.995 * max(speeds.values()))
+        reached, before = speed(taus, depth, rate), (list(taus), depth, rate)
+        speeds = {r: speed(taus, depth, r) for r in
+                  (round(reached * factor, 3) for factor in (0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0, 2.4))}
+        rate = max(r for r in speeds if speeds[r] > 0.995 * max(speeds.values()))
         if method == "retrieve":
             continue
-        depth = max(range(DEPTH + 1), key=lambda d: score.walk_priced(method, taus, d, rate)["tokens_per_second"])
+        depth = max(range(DEPTH + 1), key=lambda d: speed(taus, d, rate))
         for step in range(depth):
-            scores = {}
-            for tau in (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7):
-                scores[tau] = score.walk_priced(method, [*taus[:step], tau, *taus[step + 1:]], depth, rate)["tokens_per_second"]
-            taus[step] = max(scores, key=scores.get)
+            taus[step] = max((0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7),
+                             key=lambda tau: speed([*taus[:step], tau, *taus[step + 1:]], depth, rate))
         if before == (list(taus), depth, rate):
             break
     result = score.walk_priced(method, taus, depth, rate)
@@ -309,7 +302,7 @@ def main() -> None:
     args = parser.parse_args()
     given = [word for name in ("model", "draft", "device") if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
     setup = run.set_up(run.parse(["calibrating", "--dtype", args.dtype, *given]))
-    prompts = read_prompts(setup, args.prompts)
+    prompts = [setup.ask(p["text"]) for p in run.read_prompts(args.prompts, None)]
     t, observe, head = measure(setup, args.length, args.repeats)
     print("t(n), ms:", {n: round(t[n], 1) for n in (0, 3, 7, 15, 31, 60)}, f"observe {observe:.2f}, head step {head:.2f}")
     begin = time.perf_counter()

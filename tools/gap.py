@@ -24,7 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import run  # noqa: E402
-from calibrate import floor, measure, median_ms, read_prompts  # noqa: E402
+from calibrate import PROMPTS, floor, measure, median_ms  # noqa: E402
 from demo_model import command_line  # noqa: E402
 from graft import Sequence, run_rounds  # noqa: E402
 from model import Linear  # noqa: E402
@@ -130,7 +130,7 @@ def main() -> None:
               "milliseconds": {f"forward_{n}": round(t[n - 1], 2) for n in (1, 4, 8, 16, 32)} | {f"products_{n}": round(ms, 2) for n, ms in bare.items()}
               | {"head_step": round(head, 2), "head_observe": round(observe, 2)},
               "lookup_microseconds_by_text_length": lookups(),
-              "graft": rounds(setup, read_prompts(setup)[:args.prompts]), "command_line": seen}
+              "graft": rounds(setup, [setup.ask(p["text"]) for p in run.read_prompts(PROMPTS, None)[:args.prompts]]), "command_line": seen}
     print(json.dumps(report, indent=1))
     Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
