@@ -277,10 +277,9 @@ class Drafter:
             yield tree
             for step in range(1, depth + 1):
                 seen = torch.cat((seen, torch.eye(len(frontier), dtype=torch.bool, device=seen.device)), dim=1)
-                committed = torch.ones(len(frontier), length, dtype=torch.bool, device=seen.device)
                 positions = torch.full((1, len(frontier)), self.dropped + length + step - 1, device=seen.device)
                 ids = torch.tensor([[tree.tokens[node] for node in frontier]], device=seen.device)
-                logits, out = self.step(ids, hidden, positions, torch.cat((committed, seen), dim=1))
+                logits, out = self.step(ids, hidden, positions, seen)
                 self.cache.commit(list(range(len(frontier))))
                 self.ran += frontier
                 grown = tree.best(tree.expand(frontier, *self._children(logits[0], top_k, step, sampler)), top_k)
@@ -562,7 +561,7 @@ def verify(model: Model, sequences: list[Sequence], trees: list[Tree]) -> list[t
         cache.reserve(_roomy(cache.length + size))
     tokens = torch.tensor([[token for tree in trees for token in tree.tokens]], device=device)
     positions = torch.cat([tree.positions(cache.length, device) for tree, cache in zip(trees, caches)])[None]
-    masks = [tree.mask(cache.length, device) if len(tree) > 1 else None for tree, cache in zip(trees, caches)]
+    masks = [tree.mask(device) if len(tree) > 1 else None for tree in trees]
     cache, mask = (caches[0], masks[0]) if len(trees) == 1 else (PackedCache(caches, sizes), masks)
     taps = sequences[0].drafter.taps if sequences[0].drafter else ()
     logits, features = model(tokens, positions, cache, mask, taps=taps)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import run
 import train_eagle3  # in tools/, which run.py puts on the path
 from graft import METHODS, EagleDrafter, GraftConfig, Sampler, Sequence, State, generate, generate_batch, run_rounds
-from model import CheckpointError, Eagle3, Model, ModelConfig, load_eagle3, load_model
+from model import CheckpointError, Eagle3, Model, ModelConfig, attention, load_eagle3, load_model
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, template
 from tree import ADJACENCY, DRAFT, NGRAM, TARGET, Tree
 
@@ -146,7 +146,7 @@ def test_one_tree_forward_is_every_path_alone_and_commit_keeps_one(tree, prompt,
     with torch.inference_mode():
         MODEL(torch.tensor([prompt]), torch.arange(n)[None], cache)
         cache.commit(list(range(n)))
-        logits, _ = MODEL(torch.tensor([tree.tokens]), tree.positions(n)[None], cache, tree.mask(n))
+        logits, _ = MODEL(torch.tensor([tree.tokens]), tree.positions(n)[None], cache, tree.mask())
         for leaf in tree.leaves():
             path = [0, *tree.path(leaf)]
             alone = full_forward(MODEL, prompt + [tree.tokens[i] for i in path])[0][0, n:]
@@ -314,10 +314,9 @@ def test_top_is_prefix_closed_and_best(tree, k):
 
 @given(trees(), st.integers(0, 5))
 def test_mask_and_positions_are_ancestors_and_depths(tree, length):
-    mask, positions = tree.mask(length), tree.positions(length)
+    mask, positions = tree.mask(), tree.positions(length)
     for i in range(len(tree)):
-        seen = set(range(length)) | {length + j for j in [0, i, *tree.path(i)]}
-        assert set(mask[i].nonzero().flatten().tolist()) == seen
+        assert set(mask[i].nonzero().flatten().tolist()) == {0, i, *tree.path(i)}
         assert positions[i] == length + len(tree.path(i))
 
 
@@ -722,6 +721,27 @@ def test_attention_reads_what_is_committed_and_one_mask_serves_all_layers(monkey
             length += len(step.path)
         calls.clear()
     assert state.cache.capacity > 5 * length
+
+
+@pytest.mark.parametrize("r, m, w, b", [(21, 2000, 7, 1), (3, 6000, 0, 1), (768, 900, 256, 1), (400, 600, 570, 2), (48, 900, 16, 2), (140, 600, 0, 1), (2000, 2100, 40, 1)])
+def test_attention_by_products_is_attention(r, m, w, b, monkeypatch):
+    """In bfloat16 against float64; the largest score may be anywhere, also where the row's maximum is not looked for."""
+    fused, calls = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: calls.append(1) or fused(*args, **kwargs))
+    torch.manual_seed(r)
+    q, keys, values = (torch.randn(b, 3, size, 64, dtype=torch.bfloat16) * scale for size, scale in ((r, 2), (m, 1.5), (m, 1)))
+    mask = torch.where(torch.rand(b, 1, r, w) < 0.5, -torch.inf, 0.0).bfloat16() if w else None
+    if w:
+        mask[..., -1] = 0
+        wide = F.pad(mask, (m - w, 0)).double()
+    for loud, by in ((1, False), (6, False), (60, True)):
+        keys[:, :, m // 2] *= loud
+        scores = q.double() @ keys.double().transpose(-1, -2) / 8 + (wide if w else 0)
+        exact = scores.softmax(-1) @ values.double()
+        calls.clear()
+        got = attention(q, keys, values, mask)
+        assert bool(calls) == (by and m > w + 64)
+        assert (got.double() - exact).abs().max() < 0.04 and (got.double() - exact).square().mean().sqrt() < 0.004
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

@@ -119,13 +119,13 @@ class Tree:
 
     # ------------------------------------------------------------------------------------------------------- verify
 
-    def mask(self, length: int = 0, device="cpu") -> Tensor:
-        """bool [n, length + n], True = attend: every node sees the `length` committed tokens, its ancestors and itself."""
+    def mask(self, device="cpu") -> Tensor:
+        """bool [n, n], True = attend: every node sees its ancestors and itself, besides all committed tokens."""
         parents = torch.tensor([max(parent, 0) for parent in self.parents])
         seen = torch.eye(len(self), dtype=torch.bool)
         for _ in range(max(self.depths)):     # after step i, a node sees its i nearest ancestors
             seen |= seen[parents]
-        return torch.cat((torch.ones(len(self), length, dtype=torch.bool), seen), dim=1).to(device)
+        return seen.to(device)
 
     def positions(self, start: int, device="cpu") -> Tensor:
         """int64 [n]: the root's position `start` plus each node's depth."""

@@ -75,7 +75,7 @@ def measure(setup: run.Setup, length: int, repeats: int) -> tuple[list[float], f
         tree = Tree.rooted(7)
         for i in range(n):
             tree.add(i, max(0, i - 2), 0.0, DRAFT)
-        logits, _ = model(tokens, tree.positions(length, model.device)[None], state.cache, tree.mask(length, model.device) if n else None, taps=taps)
+        logits, _ = model(tokens, tree.positions(length, model.device)[None], state.cache, tree.mask(model.device) if n else None, taps=taps)
         logits[0].argmax(-1).tolist()
 
     grid = [0, 1, 2, 3, 4, 5, 6, 7, 9, 11, 13, 15, 19, 23, 27, 31, 39, 47, 60]

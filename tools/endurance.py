@@ -165,8 +165,7 @@ def case(seed: int) -> None:
     check_tree(kept, keep(set(plain.best()[:len(kept) - 1])), "worth")
 
     paths, length = list(plain.nodes), rng.randrange(4)
-    sees = [[True] * length + [path[:len(other)] == other for other in paths] for path in paths]
-    check(tree.mask(length).tolist() == sees, "mask: other than prefixes")
+    check(tree.mask().tolist() == [[path[:len(other)] == other for other in paths] for path in paths], "mask: other than prefixes")
     check(tree.positions(length).tolist() == [length + len(path) for path in paths], "positions")
     picks = [token() for _ in paths]
     aim = paths[rng.randrange(len(paths))]                                         # the target agrees with one path at least

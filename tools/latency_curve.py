@@ -54,7 +54,7 @@ def curve(model: Model, length: int, grid: list[int], repeats: int) -> tuple[dic
         for i in range(n):
             tree.add(i, max(0, i - 2), 0.0, DRAFT)
         positions = tree.positions(length, model.device)[None]
-        logits, _ = model(torch.tensor([tree.tokens], device=model.device), positions, cache, tree.mask(length, model.device) if n else None)
+        logits, _ = model(torch.tensor([tree.tokens], device=model.device), positions, cache, tree.mask(model.device) if n else None)
         logits[0].max(-1).indices.tolist()
 
     peaks = {}

@@ -34,6 +34,8 @@ from train_eagle3 import Texts, data_folder, descend, learning_rate, model_folde
 class BlockCache:
     """What `DFlash.read` writes, kept with its gradient; every block of a batch attends to it under one mask."""
 
+    length = 0
+
     def __init__(self):
         self.context: dict[int, tuple[Tensor, Tensor]] = {}
 

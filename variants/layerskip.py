@@ -110,13 +110,12 @@ def verify_one(model: Model, sequence: Sequence, tree: Tree) -> tuple[list[int],
         length, early, rows = cache.length, drafter.early, drafter.rows(tree)
         cache.reserve(_roomy(length + n))
         reused, new = [i for i in range(n) if rows[i] is not None], [i for i in range(n) if rows[i] is None]
-        positions, mask = tree.positions(length, device)[None], tree.mask(length, device)
+        positions, mask = tree.positions(length, device)[None], tree.mask(device)
         x = model.embed_tokens(torch.tensor([tree.tokens], device=device))
         x[:, reused] = torch.cat(drafter.exits, dim=1)[:, [rows[i] for i in reused]]
         cache.commit([rows[i] for i in reused])
         if new:
-            seen = [*range(length), *(length + i for i in (*reused, *new))]
-            x[:, new] = run(model, model.layers[:early], x[:, new], positions[:, new], cache, mask[new][:, seen])
+            x[:, new] = run(model, model.layers[:early], x[:, new], positions[:, new], cache, mask[new][:, reused + new])
         cache.length = length
         cache.commit([(reused + new).index(i) for i in range(n)])                  # the rows of layers 0..early-1 in the tree's order
         cache.length = length

@@ -77,8 +77,9 @@ def forward(model: Model, sequence: Sequence, unread: list[int], tree: Tree) -> 
     cache.length -= u
     tokens = torch.tensor([unread + tree.tokens], device=device)
     positions = torch.cat((torch.arange(cache.length, whole, device=device), tree.positions(whole, device)))[None]
-    causal = torch.ones(u, whole + len(tree), dtype=torch.bool, device=device).tril(cache.length)
-    logits, features = model(tokens, positions, cache, torch.cat((causal, tree.mask(whole, device))), taps=sequence.state.drafter.taps)
+    mask = torch.ones(u + len(tree), u + len(tree), dtype=torch.bool, device=device).tril()
+    mask[u:, u:] = tree.mask(device)
+    logits, features = model(tokens, positions, cache, mask, taps=sequence.state.drafter.taps)
     cache.commit(list(range(u)))
     return logits[0], features
 
