@@ -15,6 +15,7 @@ import depth_pruned  # noqa: E402
 import layerskip  # noqa: E402
 from graft import AdjacencyMatrix, GraftConfig, NGramIndex, Sequence, State, prefill, run_rounds  # noqa: E402
 from layerskip import SkipDrafter, prepare, verify  # noqa: E402
+from model import Layer  # noqa: E402
 from test_depth_pruned import write_text  # noqa: E402
 from test_graft import MODEL, VOCAB, demo, full_forward, plain_greedy, plain_sampling, tiny, tokens_of  # noqa: E402, F401
 from tree import DRAFT, NGRAM, Tree  # noqa: E402
@@ -57,34 +58,36 @@ def test_a_batch_is_each_prompt_alone(prompts, early):
 def test_verification_runs_early_layers_for_new_nodes_only_and_its_logits_and_rows_are_a_full_forwards(early, prompt, depth, top_k, data):
     sequence = Sequence(MODEL, prompt, GraftConfig(max_new_tokens=30), State(MODEL, SkipDrafter(MODEL, early)))
     ran = [0] * LAYERS                                                             # tokens that went through each layer
-    hooks = [layer.register_forward_pre_hook(lambda layer, args: ran.__setitem__(layer.index, ran[layer.index] + args[0].shape[1])) for layer in MODEL.layers]
-    try:
-        with torch.inference_mode():
-            prefill(MODEL, sequence)
-            ran[:] = [0] * LAYERS
-            for drafted in sequence.drafter.expand(sequence.root, depth, top_k, sequence.sampler):
-                pass
-            cache, parents = sequence.state.cache, set(drafted.parents)
-            assert cache.length == len(prompt)
-            assert ran == [1 + depth * top_k if depth else 1] * early + [0] * (LAYERS - early)
-            tree = Tree.rooted(sequence.root)                                      # what of it survives, in any order, with other nodes
-            kept = {0: 0}
-            for node in data.draw(st.lists(st.integers(1, len(drafted) - 1), max_size=9, unique=True)):
-                for above in drafted.path(node):
-                    kept[above] = tree.add(drafted.tokens[above], kept[drafted.parents[above]], 0.0, DRAFT)
-            for _ in range(data.draw(st.integers(0, 6))):
-                tree.add(data.draw(st.integers(0, VOCAB - 1)), data.draw(st.integers(0, len(tree) - 1)), 0.0, NGRAM)
-            ran[:] = [0] * LAYERS
-            [(path, picks, logits, _)] = verify(MODEL, [sequence], [tree])
-            node, reused = {0: 0}, 0                                               # nodes of `tree` that the beam had run: known by their tokens
-            for i in range(len(tree)):
-                walked = tuple(tree.tokens[j] for j in tree.path(i))
-                reused += any(walked == tuple(drafted.tokens[j] for j in drafted.path(r)) for r in {0, *sequence.drafter.ran})
-            assert parents - {-1} <= {0, *sequence.drafter.ran} and reused >= 1
-            assert ran == [len(tree) - reused] * early + [len(tree)] * (LAYERS - early)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    whole = Layer.forward
+
+    def counted(layer, x, *args):
+        ran[layer.index] += x.shape[1]
+        return whole(layer, x, *args)
+
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(Layer, "forward", counted)
+        prefill(MODEL, sequence)
+        ran[:] = [0] * LAYERS
+        for drafted in sequence.drafter.expand(sequence.root, depth, top_k, sequence.sampler):
+            pass
+        cache, parents = sequence.state.cache, set(drafted.parents)
+        assert cache.length == len(prompt)
+        assert ran == [1 + depth * top_k if depth else 1] * early + [0] * (LAYERS - early)
+        tree = Tree.rooted(sequence.root)                                      # what of it survives, in any order, with other nodes
+        kept = {0: 0}
+        for node in data.draw(st.lists(st.integers(1, len(drafted) - 1), max_size=9, unique=True)):
+            for above in drafted.path(node):
+                kept[above] = tree.add(drafted.tokens[above], kept[drafted.parents[above]], 0.0, DRAFT)
+        for _ in range(data.draw(st.integers(0, 6))):
+            tree.add(data.draw(st.integers(0, VOCAB - 1)), data.draw(st.integers(0, len(tree) - 1)), 0.0, NGRAM)
+        ran[:] = [0] * LAYERS
+        [(path, picks, logits, _)] = verify(MODEL, [sequence], [tree])
+        node, reused = {0: 0}, 0                                               # nodes of `tree` that the beam had run: known by their tokens
+        for i in range(len(tree)):
+            walked = tuple(tree.tokens[j] for j in tree.path(i))
+            reused += any(walked == tuple(drafted.tokens[j] for j in drafted.path(r)) for r in {0, *sequence.drafter.ran})
+        assert parents - {-1} <= {0, *sequence.drafter.ran} and reused >= 1
+        assert ran == [len(tree) - reused] * early + [len(tree)] * (LAYERS - early)
     for leaf in tree.leaves():
         nodes = [0, *tree.path(leaf)]
         text = prompt + [tree.tokens[i] for i in nodes]
