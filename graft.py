@@ -539,8 +539,8 @@ def retrieve(sequence: Sequence, tree: Tree) -> list[tuple[int, str, Branch]]:
 
 
 def graft(sequence: Sequence, tree: Tree, branches: list[tuple[int, str, Branch]]) -> Tree:
-    """Step 4. Merge what was retrieved into the freed slots. Where prices are known, drafted and retrieved nodes compete, and
-    only those likely enough to pay are kept (ours)."""
+    """Step 4. Merge what was retrieved into the freed slots and mix the chances. Where prices are known, drafted and retrieved nodes
+    compete, and only those likely enough to pay are kept (ours)."""
     config, stats = sequence.config, sequence.stats
     with stats.clock("graft"):
         stats.merged += tree.graft(branches, len(tree) - 1 + config.budget if sequence.priced else config.budget, config.merge)

@@ -360,14 +360,41 @@ def test_worth_keeps_what_pays(tree, steps):
     assert {tuple(kept.tokens[i] for i in kept.path(n)) for n in range(len(kept))} <= {tuple(tree.tokens[i] for i in tree.path(n)) for n in range(len(tree))}
 
 
-def test_where_two_sources_agree_the_surer_one_is_believed():
+def test_chances_of_head_and_ngrams_are_mixed():
+    tree, chances = Tree.rooted(0), lambda: [round(math.exp(score), 6) for score in tree.scores]
+    a = tree.add(1, 0, math.log(0.4), DRAFT)
+    tree.add(2, a, math.log(0.2), DRAFT)
+    tree.add(9, 0, math.log(0.3), DRAFT)
+    b = tree.add(5, a, math.log(0.1), DRAFT)
+    assert tree.graft([(0, NGRAM, ([1, 2, 3], [-1, 0, 1], [math.log(p) for p in (0.5, 0.4, 0.2)])),
+                       (a, NGRAM, ([2], [-1], [math.log(0.6)])),                   # weaker than what is said from the root
+                       (b, ADJACENCY, ([3], [-1], [math.log(0.01)]))], 9) == 3
+    one = 0.5 + 0.5 * 0.4
+    two = one * (0.8 + 0.2 * 0.5)
+    assert chances() == [round(p, 6) for p in (1, one, two, 0.5 * 0.3, one * 0.2 * 0.25, two * 0.5, one * 0.2 * 0.25 * 0.01)]
+    assert tree.sources[1:] == [DRAFT] * 4 + [NGRAM, ADJACENCY]
+
+
+@given(st.data())
+def test_mixed_chances_of_children_add_up_to_their_parents_at_most(data):
+    share = lambda: data.draw(st.lists(st.floats(1e-6, 0.33), min_size=1, max_size=3))
     tree = Tree.rooted(0)
-    a = tree.add(1, 0, -3.0, DRAFT)
-    b = tree.add(2, a, -3.5, DRAFT)
-    assert tree.graft([(0, NGRAM, ([1, 2, 3], [-1, 0, 1], [-0.2, -0.3, -0.4]))], 9) == 2
-    assert tree.scores == [0.0, -0.2, -0.3, -0.4] and tree.sources[1:] == [DRAFT, DRAFT, NGRAM]
-    tree.graft([(b, ADJACENCY, ([3], [-1], [-5.0]))], 9)
-    assert tree.scores[3] == -0.4
+    for node in tree.expand([0], [[1, 2, 3]], [[math.log(p) for p in share()]]):
+        tree.expand([node], [[1, 2, 3]], [[math.log(p) for p in share()]])
+    branches = []
+    for _ in range(data.draw(st.integers(0, 3))):
+        tops = share()
+        below = [(i, top * p) for i, top in enumerate(tops) for p in share()]
+        tokens = [*range(1, len(tops) + 1), *(1 + [i for i, _ in below[:j]].count(i) for j, (i, _) in enumerate(below))]
+        branches.append((data.draw(st.integers(0, len(tree) - 1)), NGRAM, (tokens, [-1] * len(tops) + [i for i, _ in below],
+                                                                           [math.log(p) for p in (*tops, *(p for _, p in below))])))
+    anchors = {anchor for anchor, *_ in branches}
+    tree.graft(branches, 99)
+    for parent in range(len(tree)):
+        children = [i for i in range(1, len(tree)) if tree.parents[i] == parent]
+        if len(anchors) == len(branches) <= 1:                     # several branches may claim more than everything
+            assert sum(math.exp(tree.scores[i]) for i in children) <= math.exp(tree.scores[parent]) + 1e-9
+        assert all(tree.scores[i] <= tree.scores[parent] for i in children)
 
 
 def test_unmerged_branches_repeat_nodes_and_the_longest_agreement_counts():

@@ -95,18 +95,34 @@ class Tree:
         """Merge retrieved branches as a trie, likeliest node first over all of them, until the tree has `budget` nodes below
         its root. Each branch is (anchor node, source, (tokens, parents, scores)) with scores relative to its anchor and never
         rising from parent to child. A branch that repeats what is there walks on through it and costs nothing; returns how many
-        nodes were there already. Without `merge` (an ablation) it does not, and slots go to repetitions."""
+        nodes were there already. Without `merge` (an ablation) it does not, and slots go to repetitions.
+
+        Then chances are mixed (ours): n-grams say that with probability R the text goes on behind a node as it did before, with r for
+        this child; else it goes on as the head says. So a child has r + (1 - R) d, whoever proposed it."""
+        before = [math.exp(score) for score in self.scores]
+        heads = [chance / max(before[max(parent, 0)], 1e-30) for chance, parent in zip(before, self.parents)]      # d of what is drafted
         order = sorted((-self.scores[anchor] - score, which, i)
                        for which, (anchor, _, (_, _, scores)) in enumerate(branches) for i, score in enumerate(scores))
-        place, shared = {}, 0
+        place, shared, ngrams, others = {}, 0, {}, {}
         for minus_score, which, i in order:
-            anchor, source, (tokens, parents, _) = branches[which]
+            anchor, source, (tokens, parents, scores) = branches[which]
             parent = anchor if parents[i] < 0 else place[which, parents[i]]
             there = merge and (parent, tokens[i]) in self.child
             if not there and len(self) > budget:
                 break
             shared += there
-            place[which, i] = self.add(tokens[i], parent, -minus_score, source, merge)
+            node = place[which, i] = self.add(tokens[i], parent, -minus_score, source, merge)
+            if source == NGRAM:
+                ngrams[node] = max(math.exp(scores[i] - (scores[parents[i]] if parents[i] >= 0 else 0.0)), ngrams.get(node, 0.0))
+            else:                                                   # stands for d where the head said nothing
+                others[node] = max(math.exp(-minus_score - self.scores[parent]), others.get(node, 0.0))
+        told = [0.0] * len(self)                                    # R
+        for node, chance in ngrams.items():
+            told[self.parents[node]] += chance
+        for node in range(1, len(self)):
+            parent, head = self.parents[node], heads[node] if node < len(heads) else others.get(node, 0.0)
+            chance = ngrams.get(node, 0.0) + (1 - min(told[parent], 1.0)) * head
+            self.scores[node] = self.scores[parent] + math.log(min(max(chance, 1e-9), 1.0))
         return shared
 
     def worth(self, cost: Sequence[float]) -> "Tree":

@@ -253,25 +253,25 @@ class Scorer:
 
 
 def choose(score: Scorer, method: str) -> dict:
-    """Thresholds, depth and rate for a method that prunes, by coordinate search. The best rate for prices is not quite the rate
+    """Thresholds, depth and rate for a method that prunes, by coordinate search at each depth. The best rate for prices is not quite the rate
     reached: estimates are of the target's distribution, whose greedy choice is surer, and hold for all places, while a round starts where
     the last one failed. Of rates that are as good the highest is taken: its trees are smaller, which costs least where text is less
     predictable than here."""
-    taus, depth, rate = [0.3] * DEPTH, 0 if method == "retrieve" else 4, 60.0
     speed = lambda taus, depth, rate: score.walk_priced(method, taus, depth, rate)["tokens_per_second"]
-    for sweep in range(4):
-        reached, before = speed(taus, depth, rate), (list(taus), depth, rate)
-        speeds = {r: speed(taus, depth, r) for r in
-                  (round(reached * factor, 3) for factor in (0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0, 2.4))}
-        rate = max(r for r in speeds if speeds[r] > 0.995 * max(speeds.values()))
-        if method == "retrieve":
-            continue
-        depth = max(range(DEPTH + 1), key=lambda d: speed(taus, d, rate))
-        for step in range(depth):
-            taus[step] = max((0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7),
-                             key=lambda tau: speed([*taus[:step], tau, *taus[step + 1:]], depth, rate))
-        if before == (list(taus), depth, rate):
-            break
+    found = []
+    for depth in range(1 if method == "retrieve" else DEPTH + 1):
+        taus, rate = [0.3] * DEPTH, 60.0
+        for sweep in range(3):
+            reached = speed(taus, depth, rate)
+            speeds = {r: speed(taus, depth, r) for r in
+                      (round(reached * factor, 3) for factor in (0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0, 2.4))}
+            rate = max(r for r in speeds if speeds[r] > 0.995 * max(speeds.values()))
+            for step in range(depth):
+                taus[step] = max((0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7),
+                                 key=lambda tau: speed([*taus[:step], tau, *taus[step + 1:]], depth, rate))
+        found.append((speed(taus, depth, rate), -depth, taus, rate))
+    _, depth, taus, rate = max(found)
+    depth = -depth
     result = score.walk_priced(method, taus, depth, rate)
     budget = 32
     cost = [round(rate * ms / 1000, 4) for ms in score.t[:budget + 1]]

@@ -89,11 +89,12 @@ class Paths:
         return sorted(list(self.nodes)[1:], key=lambda path: -self.nodes[path][0])      # stable: of equals, the older
 
     def graft(self, branches: list, budget: int) -> int:
+        head = {path: math.exp(score) / math.exp(self.nodes[path[:-1]][0]) for path, (score, _) in self.nodes.items() if path}
         order = sorted((-self.nodes[anchor][0] - score, which, i) for which, (anchor, _, (_, _, scores)) in enumerate(branches)
                        for i, score in enumerate(scores))
-        shared = 0
+        shared, ngrams, others = 0, {}, {}
         for cost, which, i in order:
-            anchor, source, (tokens, parents, _) = branches[which]
+            anchor, source, (tokens, parents, scores) = branches[which]
             above, at = [], i
             while at >= 0:
                 above, at = [tokens[at], *above], parents[at]
@@ -102,6 +103,14 @@ class Paths:
             if path not in self.nodes and len(self.nodes) > budget:
                 break
             self.add(path[:-1], path[-1], -cost, source)
+            if source == NGRAM:
+                ngrams[path] = max(ngrams.get(path, 0.0), math.exp(scores[i] - (scores[parents[i]] if parents[i] >= 0 else 0.0)))
+            else:
+                others[path] = max(others.get(path, 0.0), math.exp(-cost - self.nodes[path[:-1]][0]))
+        for path, (_, source) in list(self.nodes.items())[1:]:
+            told = sum(chance for other, chance in ngrams.items() if other[:-1] == path[:-1])
+            chance = ngrams.get(path, 0.0) + (1 - min(told, 1.0)) * head.get(path, others.get(path, 0.0))
+            self.nodes[path] = self.nodes[path[:-1]][0] + math.log(min(max(chance, 1e-9), 1.0)), source
         return shared
 
 

@@ -32,6 +32,7 @@ from graft import EagleDrafter, GraftConfig, State, generate  # noqa: E402
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, whole  # noqa: E402
 from tree import Tree  # noqa: E402
 
+signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's background jobs ignore Ctrl-C, and so would what they start
 CONTROL = ["<|im_start|>", "<|im_end|>"]
 CHAT = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>"
 

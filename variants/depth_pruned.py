@@ -37,7 +37,7 @@ from model import Layer, Model, ModelConfig, NoCache, checkpoint_layout, fetch_c
 from retrieval import whole  # noqa: E402
 from train_eagle3 import TEXT, read_text  # noqa: E402
 
-HELD_OUT = 240      # conversations at the start of the text, which neither the head nor `heal` is trained on
+HELD_OUT = 250      # conversations at the start of the text, which neither the head nor `heal` is trained on
 LONGEST = 8         # chain of guesses that is scored
 
 
