@@ -375,6 +375,15 @@ def test_chances_of_head_and_ngrams_are_mixed():
     assert tree.sources[1:] == [DRAFT] * 4 + [NGRAM, ADJACENCY]
 
 
+def test_grafting_behind_what_cannot_be_drawn_leaves_numbers():
+    """Where top-k leaves a drafted token out its score is -inf."""
+    tree = Tree.rooted(0)
+    a = tree.add(1, 0, -math.inf, DRAFT)
+    tree.graft([(a, ADJACENCY, ([2, 3], [-1, 0], [-1.0, -2.0])), (a, NGRAM, ([2], [-1], [-0.5]))], 9)
+    assert all(math.isfinite(score) for score in tree.scores)
+    assert max(tree.scores[1:]) < -20
+
+
 @given(st.data())
 def test_mixed_chances_of_children_add_up_to_their_parents_at_most(data):
     share = lambda: data.draw(st.lists(st.floats(1e-6, 0.33), min_size=1, max_size=3))

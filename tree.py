@@ -115,7 +115,7 @@ class Tree:
             if source == NGRAM:
                 ngrams[node] = max(math.exp(scores[i] - (scores[parents[i]] if parents[i] >= 0 else 0.0)), ngrams.get(node, 0.0))
             else:                                                   # stands for d where the head said nothing
-                others[node] = max(math.exp(-minus_score - self.scores[parent]), others.get(node, 0.0))
+                others[node] = max(math.exp(min(0.0, -minus_score - self.scores[parent])), others.get(node, 0.0))
         told = [0.0] * len(self)                                    # R
         for node, chance in ngrams.items():
             told[self.parents[node]] += chance

@@ -106,7 +106,7 @@ class Paths:
             if source == NGRAM:
                 ngrams[path] = max(ngrams.get(path, 0.0), math.exp(scores[i] - (scores[parents[i]] if parents[i] >= 0 else 0.0)))
             else:
-                others[path] = max(others.get(path, 0.0), math.exp(-cost - self.nodes[path[:-1]][0]))
+                others[path] = max(others.get(path, 0.0), math.exp(min(0.0, -cost - self.nodes[path[:-1]][0])))
         for path, (_, source) in list(self.nodes.items())[1:]:
             told = sum(chance for other, chance in ngrams.items() if other[:-1] == path[:-1])
             chance = ngrams.get(path, 0.0) + (1 - min(told, 1.0)) * head.get(path, others.get(path, 0.0))
