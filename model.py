@@ -202,7 +202,7 @@ def rope_frequencies(rope: dict, head_dim: int) -> tuple[Tensor, float]:
 def by_products(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `attention` runs as plain matrix products: in bfloat16 on a CPU those are up to three times as fast as torch's fused
     kernel where there is much to do, and slower where there is little."""
-    return columns >= 512 and (rows + 6) * columns > 2**15 and dtype == torch.bfloat16 and device.type == "cpu"
+    return columns >= 200 and (rows + 6) * columns > 2**15 and dtype == torch.bfloat16 and device.type == "cpu"
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -216,13 +216,14 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
     w, key, value = 0 if mask is None else mask.shape[-1], keys.flatten(0, 1), values.flatten(0, 1)
     sample = key if m <= w + 64 else torch.cat((key[:, :32], key[:, -max(w, 32):]), dim=1)
-    out, most = [], max(1, 2**23 // (b * k * m))      # queries at a time: larger scores would cost fresh pages from the system
+    out, sums, most = [], [], max(1, 2**23 // (b * k * m))      # queries at a time: larger scores would cost fresh pages from the system
     for start in range(0, r, most):
         q = queries[:, :, start:start + most].flatten(0, 1)                        # [b*k, rows, d]
-        sampled = q @ sample.transpose(1, 2) * d**-0.5
         if w:
             masked = mask[:, :, start:start + most].expand(b, k, -1, -1).flatten(0, 1)
-            sampled[..., -w:] += masked
+            sampled = torch.baddbmm(F.pad(masked, (sample.shape[1] - w, 0)), q, sample.transpose(1, 2), alpha=d**-0.5)
+        else:
+            sampled = q @ sample.transpose(1, 2) * d**-0.5
         highest = sampled.amax(-1, keepdim=True)
         if q.shape[1] < 128:    # few queries: keys as the rows of the product, which saves packing them
             scores = torch.baddbmm(-highest.transpose(1, 2), key, q.transpose(1, 2), alpha=d**-0.5).transpose(1, 2)
@@ -231,11 +232,11 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
         if w:
             scores[..., -w:] += masked
         weights = scores.exp_()                                                    # [b*k, rows, m]
-        out.append(weights @ value / weights.sum(-1, keepdim=True))
-    out = torch.cat(out, dim=1).view(b, k, r, d)
-    if not out.isfinite().all():
+        sums.append(weights.sum(-1, keepdim=True))
+        out.append(weights @ value / sums[-1])
+    if not torch.cat(sums, dim=1).isfinite().all():
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=None if mask is None else F.pad(mask, (m - w, 0)))
-    return out
+    return torch.cat(out, dim=1).view(b, k, r, d)
 
 
 # -------------------------------------------------------------------------------------------------------------- cache
