@@ -529,7 +529,8 @@ def retrieve(sequence: Sequence, tree: Tree) -> list[tuple[int, str, Branch]]:
                 path = tuple(tree.tokens[i] for i in tree.path(node))
                 branches.append((node, NGRAM, state.ngrams.propose(free, path)))
         if config.adjacency:
-            found = state.adjacency.propose([tree.tokens[node] for node in anchors], free)
+            size = free // len(anchors) if sequence.priced else free               # the template's last nodes would not pay
+            found = state.adjacency.propose([tree.tokens[node] for node in anchors], size)
             branches += [(node, ADJACENCY, branch) for node, branch in zip(anchors, found)]
         branches = [(node, source, sequence.sampler.lean_branch(branch, tree.depths[node])) for node, source, branch in branches]
         # Where the head has proposed other tokens, it is less likely that a retrieved one is right.

@@ -58,7 +58,9 @@ class Clock:
 def rounds(setup: run.Setup, prompts: list[list[int]]) -> dict:
     """Of all rounds together, prefill left out: each part's share of the wall time."""
     spent, total, count = Counter(), 0.0, 0
-    setup.model.forward, setup.head.forward = (Clock(name, module, spent) for name, module in (("target", setup.model), ("head", setup.head)))
+    clocked = (("target", setup.model), ("head", setup.head), ("head", setup.head.fc))
+    for name, module in clocked:
+        module.forward = Clock(name, module, spent)
     steps = Counter()
     for prompt in prompts:
         plan = setup.plan("graft")
@@ -71,7 +73,8 @@ def rounds(setup: run.Setup, prompts: list[list[int]]) -> dict:
         count += step.stats.rounds
         for name in ("target", "head"):
             steps[f"{name} forward"] += spent[name] - before[name]
-    del setup.model.forward, setup.head.forward
+    for _, module in clocked:
+        del module.forward
     share = {name: round(seconds / total, 4) for name, seconds in steps.items()}
     return {"rounds": count, "milliseconds_a_round": round(1000 * total / count, 2), "share": share,
             "overhead_share": round(1 - share["target forward"] - share["head forward"], 4)}
