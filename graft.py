@@ -471,6 +471,7 @@ def run_rounds(model: Model, sequences: list[Sequence], verify: Callable | None 
 def prefill(model: Model, sequence: Sequence) -> Round:
     """Read the prompt in chunks, as far as it is not cached; the target's first token becomes the root."""
     prompt, state, drafter, sampler = sequence.prompt, sequence.state, sequence.drafter, sequence.sampler
+    chunk = sequence.config.prefill_chunk
     with sequence.stats.clock("prefill"):
         state.rewind(prompt)
         state.cache.reserve(_roomy(len(prompt) + 1))
@@ -479,7 +480,7 @@ def prefill(model: Model, sequence: Sequence) -> Round:
         ids = torch.tensor(prompt, device=model.device)
         start = len(state.tokens)
         while start < len(prompt):
-            end = min(start + sequence.config.prefill_chunk, len(prompt))
+            end = min((start // chunk + 1) * chunk, len(prompt))                       # chunks end where they always do
             positions = torch.arange(start, end, device=model.device)[None]
             logits, features = model(ids[None, start:end], positions, state.cache, taps=drafter.taps if drafter else (), last_only=True)
             state.cache.commit(list(range(end - start)))
