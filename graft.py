@@ -480,7 +480,7 @@ def prefill(model: Model, sequence: Sequence) -> Round:
         ids = torch.tensor(prompt, device=model.device)
         start = len(state.tokens)
         while start < len(prompt):
-            end = min((start // chunk + 1) * chunk, len(prompt))                       # chunks end where they always do
+            end = min((start // chunk + 1) * chunk, len(prompt))                       # at multiples: see model.by_products
             positions = torch.arange(start, end, device=model.device)[None]
             logits, features = model(ids[None, start:end], positions, state.cache, taps=drafter.taps if drafter else (), last_only=True)
             state.cache.commit(list(range(end - start)))

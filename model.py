@@ -460,10 +460,10 @@ class _Decoder(nn.Module):
             mask = torch.ones(n, n, dtype=torch.bool, device=self.inverse.device).tril()
         if mask.dim() == 2:
             mask = mask[None]
-        g, unmasked = self.config.num_attention_heads // self.config.num_key_value_heads, cache.length + n - mask.shape[-1]
+        g, m = self.config.num_attention_heads // self.config.num_key_value_heads, cache.length + n
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)  # SDPA's faster kind
-        if unmasked > 0 and not by_products(g * n, cache.length + n, mask.device, dtype):
-            mask = F.pad(mask, (unmasked, 0))
+        if mask.shape[-1] < m and not by_products(g * n, m, mask.device, dtype):
+            mask = F.pad(mask, (m - mask.shape[-1], 0))
         return mask[:, None].repeat(1, 1, g, 1)
 
     def pack(self) -> None:

@@ -484,6 +484,11 @@ def environment(setup: Setup) -> dict:
             "python": platform.python_version(), "seed": setup.base.seed}
 
 
+def quartiles(ratios: list[float]) -> list[float]:
+    """The three cuts, rounded; of one value, itself."""
+    return [round(cut, 3) for cut in (statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3)]
+
+
 def total(runs: list[dict], plain: list[dict] | None) -> dict:
     """Sums over prompts; speedup is of tokens a second over `ar` in this run, with the prompts' median and quartiles."""
     tokens, seconds = sum(r["tokens"] for r in runs), sum(r["seconds"] for r in runs)
@@ -497,10 +502,9 @@ def total(runs: list[dict], plain: list[dict] | None) -> dict:
     if plain:
         slow = total(plain, None)
         ratios = sorted(r["tokens"] / r["seconds"] / (p["tokens"] / p["seconds"]) for r, p in zip(runs, plain))
-        cuts = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         out |= {"speedup": round(out["tokens_per_second"] / slow["tokens_per_second"], 3),
                 "decode_speedup": round(out["decode_tokens_per_second"] / slow["decode_tokens_per_second"], 3),
-                "prompt_speedup_quartiles": [round(cut, 3) for cut in cuts]}
+                "prompt_speedup_quartiles": quartiles(ratios)}
     return out
 
 

@@ -45,7 +45,7 @@ class Tree:
             self.depths.append(self.depths[parent] + 1)
             self.scores.append(min(score, self.scores[parent]))  # a child is never likelier than its parent
             self.sources.append(source)
-        elif score > self.scores[node]:                         # two sources agree: the surer one is believed
+        elif score > self.scores[node]:                         # two sources agree: the surer one counts until `graft` mixes them
             self.scores[node] = min(score, self.scores[parent])
         return node
 
@@ -99,6 +99,8 @@ class Tree:
 
         Then chances are mixed (ours): n-grams say that with probability R the text goes on behind a node as it did before, with r for
         this child; else it goes on as the head says. So a child has r + (1 - R) d, whoever proposed it."""
+        if not branches:
+            return 0
         before = [math.exp(score) for score in self.scores]
         heads = [chance / max(before[max(parent, 0)], 1e-30) for chance, parent in zip(before, self.parents)]      # d of what is drafted
         order = sorted((-self.scores[anchor] - score, which, i)

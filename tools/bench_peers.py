@@ -10,7 +10,6 @@ runs from token ids to the last token id, prefill included. `same` counts prompt
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from dataclasses import replace
@@ -104,9 +103,8 @@ def main() -> None:
     for name, rows in runs.items():
         base = runs["transformers greedy"]
         ratios = sorted((a[1] / a[2]) / (b[1] / b[2]) for a, b in zip(rows, base))
-        quartiles = statistics.quantiles(ratios, n=4) if ratios[1:] else ratios
         table[name] = {"tokens_per_second": round(speed(rows), 2), "over_transformers_greedy": round(speed(rows) / speed(base), 3),
-                       "prompt_ratio_quartiles": [round(x, 3) for x in quartiles], "same": sum(r[3] for r in rows),
+                       "prompt_ratio_quartiles": run.quartiles(ratios), "same": sum(r[3] for r in rows),
                        "by_task": {task: round(speed([r for r in rows if r[0] == task]), 2) for task in tasks}}
         print(f"{name:28}", table[name])
     if args.json:

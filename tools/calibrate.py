@@ -269,10 +269,8 @@ def choose(score: Scorer, method: str) -> dict:
             for step in range(depth):
                 taus[step] = max((0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7),
                                  key=lambda tau: speed([*taus[:step], tau, *taus[step + 1:]], depth, rate))
-        found.append((speed(taus, depth, rate), -depth, taus, rate))
-    _, depth, taus, rate = max(found)
-    depth = -depth
-    result = score.walk_priced(method, taus, depth, rate)
+        found.append((score.walk_priced(method, taus, depth, rate), taus, depth, rate))
+    result, taus, depth, rate = max(found, key=lambda choice: choice[0]["tokens_per_second"])    # of equals, the least depth
     budget = 32
     cost = [round(rate * ms / 1000, 4) for ms in score.t[:budget + 1]]
     return {"config": {"budget": budget, "draft_top_k": TOP_K, "depth": depth, "checkpoints": list(range(depth)), "thresholds": taus[:depth],

@@ -89,6 +89,8 @@ class Paths:
         return sorted(list(self.nodes)[1:], key=lambda path: -self.nodes[path][0])      # stable: of equals, the older
 
     def graft(self, branches: list, budget: int) -> int:
+        if not branches:
+            return 0
         head = {path: math.exp(score) / math.exp(self.nodes[path[:-1]][0]) for path, (score, _) in self.nodes.items() if path}
         order = sorted((-self.nodes[anchor][0] - score, which, i) for which, (anchor, _, (_, _, scores)) in enumerate(branches)
                        for i, score in enumerate(scores))

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "assets" / "smollm2-135m-text.safetensors"
+SHARD = 250      # conversations in each shard that is made from TEXT; the first shard is held out
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from demo_model import cache_folder, command_line, demo_model  # noqa: E402
 from model import Eagle3, KVCache, Model, _stacked, fetch_checkpoint, load_eagle3, load_model, unstacked  # noqa: E402
@@ -415,8 +416,9 @@ def text(args) -> None:
     target = load_model(model_folder(args), dtype=args.dtype, device=args.device, pack=False)
     data.mkdir(parents=True, exist_ok=True)
     texts, layers = read_text(Path(args.file)), target.config.num_hidden_layers
-    for number in range(-(-len(texts) // 250)):
-        part, path = texts[number * 250:(number + 1) * 250], data / f"shard-{number:05d}.safetensors"
+    shards = -(-len(texts) // SHARD)
+    for number in range(shards):
+        part, path = texts[number * SHARD:(number + 1) * SHARD], data / f"shard-{number:05d}.safetensors"
         if path.exists():
             continue
         features = []
@@ -427,7 +429,7 @@ def text(args) -> None:
                 features.append(target(ids, positions, target.new_cache(len(tokens)), taps=(1, layers // 2 - 1, layers - 4, layers - 1),
                                        last_only=True)[1][0].to("cpu", torch.bfloat16))
         write_shard(path, [(torch.tensor(tokens, dtype=torch.int32), answer_from, f) for (tokens, answer_from), f in zip(part, features)])
-        print(f"\r{number + 1} of {-(-len(texts) // 250)} shards", end="", flush=True)
+        print(f"\r{number + 1} of {shards} shards", end="", flush=True)
     print()
 
 

@@ -35,9 +35,9 @@ from demo_model import cache_folder, demo_model  # noqa: E402
 from graft import ModelDrafter  # noqa: E402
 from model import Layer, Model, ModelConfig, NoCache, checkpoint_layout, fetch_checkpoint, load_model, unstacked  # noqa: E402
 from retrieval import whole  # noqa: E402
-from train_eagle3 import TEXT, read_text  # noqa: E402
+from train_eagle3 import SHARD, TEXT, read_text  # noqa: E402
 
-HELD_OUT = 250      # conversations at the start of the text, which neither the head nor `heal` is trained on
+HELD_OUT = SHARD      # conversations at the start of the text, which neither the head nor `heal` is trained on
 LONGEST = 8         # chain of guesses that is scored
 
 

@@ -110,14 +110,15 @@ def verify_one(model: Model, sequence: Sequence, tree: Tree) -> tuple[list[int],
         length, early, rows = cache.length, drafter.early, drafter.rows(tree)
         cache.reserve(_roomy(length + n))
         reused, new = [i for i in range(n) if rows[i] is not None], [i for i in range(n) if rows[i] is None]
+        order = reused + new
         positions, mask = tree.positions(length, device)[None], tree.mask(device)
         x = model.embed_tokens(torch.tensor([tree.tokens], device=device))
         x[:, reused] = torch.cat(drafter.exits, dim=1)[:, [rows[i] for i in reused]]
         cache.commit([rows[i] for i in reused])
         if new:
-            x[:, new] = run(model, model.layers[:early], x[:, new], positions[:, new], cache, mask[new][:, reused + new])
+            x[:, new] = run(model, model.layers[:early], x[:, new], positions[:, new], cache, mask[new][:, order])
         cache.length = length
-        cache.commit([(reused + new).index(i) for i in range(n)])                  # the rows of layers 0..early-1 in the tree's order
+        cache.commit([order.index(i) for i in range(n)])                  # the rows of layers 0..early-1 in the tree's order
         cache.length = length
         x = run(model, model.layers[early:], x, positions, cache, mask)
         logits = model.lm_head(model.norm(x))[0]
