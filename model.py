@@ -199,91 +199,92 @@ def rope_frequencies(rope: dict, head_dim: int) -> tuple[Tensor, float]:
 
 # ---------------------------------------------------------------------------------------------------------- attention
 
+FEW = 64   # rows of queries up to which a forward counts as decoding or verification
+
 def by_products(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `attention` runs as plain matrix products: in bfloat16 on a CPU those take half the time of torch's fused kernel where there
-    is much to do. oneDNN compiles and keeps code for every shape that they have: let it see whole chunks of a prompt alone."""
-    return rows % 256 == 0 and columns % 256 == 0 and dtype == torch.bfloat16 and device.type == "cpu"
+    is much to do. oneDNN compiles and keeps a megabyte of code for every shape that they have: let it see only whole chunks of a prompt,
+    and few rows over a long cache of round size."""
+    return dtype == torch.bfloat16 and device.type == "cpu" and columns % 256 == 0 and (rows % 256 == 0 or rows <= FEW and columns >= 2048)
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(queries keys^T / sqrt(d) + mask) values: queries [b, k, r, d], keys and values [b, k, m, d], mask [b, 1, r, w] for the
     last w of the m columns (all of them where `by_products` says no), or None. Returns [b, k, r, d].
 
-    The products' scores are rounded to bfloat16, so each row is first moved near its maximum, and that is looked for among the
-    first and the last columns alone: one far above those makes infinities, and the fused kernel takes over."""
+    The products' scores are rounded to bfloat16, so each row is first moved near its maximum, as the first columns and those before the
+    mask have it; that halves the error."""
     (b, k, r, d), m = queries.shape, keys.shape[2]
     if not by_products(r, m, queries.device, queries.dtype):
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-    w, key, value = 0 if mask is None else mask.shape[-1], keys.flatten(0, 1), values.flatten(0, 1)
-    sample = key if m <= w + 64 else torch.cat((key[:, :32], key[:, -max(w, 32):]), dim=1)
-    out, sums, most = [], [], max(64, 2**23 // (b * k * m) // 64 * 64)   # queries at a time: larger scores would cost fresh pages from the system
-    for start in range(0, r, most):
-        q = queries[:, :, start:start + most].flatten(0, 1)                        # [b*k, rows, d]
-        if w:
-            masked = mask[:, :, start:start + most].expand(b, k, -1, -1).flatten(0, 1)
-            sampled = torch.baddbmm(F.pad(masked, (sample.shape[1] - w, 0)), q, sample.transpose(1, 2), alpha=d**-0.5)
-        else:
-            sampled = q @ sample.transpose(1, 2) * d**-0.5
-        highest = sampled.amax(-1, keepdim=True)
-        scores = torch.baddbmm(-highest, q, key.transpose(1, 2), alpha=d**-0.5)
-        if w:
-            scores[..., -w:] += masked
-        weights = scores.exp_()                                                    # [b*k, rows, m]
-        sums.append(weights.sum(-1, keepdim=True))
-        out.append(weights @ value / sums[-1])
-    if not torch.cat(sums, dim=1).isfinite().all():
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=None if mask is None else F.pad(mask, (m - w, 0)))
-    return torch.cat(out, dim=1).view(b, k, r, d)
+    w, pad = 0 if mask is None else mask.shape[-1], -r % 12 if 4 < r <= FEW else 0    # few shapes for oneDNN
+    heads, most = (b * k, r + pad) if r <= FEW else (1, max(64, 2**23 // m // 64 * 64))   # larger scores would cost fresh pages from the system
+    masks = mask.expand(b, k, -1, -1).flatten(0, 1) if w else None
+    queries, keys, values = F.pad(queries, (0, 0, 0, pad)).flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
+    sample = torch.cat((keys[:, :32], keys[:, max(m - w - 32, 0):][:, :32]), dim=1)
+    out = torch.empty_like(queries)
+    for head in range(0, b * k, heads):
+        key, value, few = keys[head:head + heads], values[head:head + heads], sample[head:head + heads]
+        for row in range(0, r, most):
+            query = queries[head:head + heads, row:row + most]                         # [heads, rows, d]
+            highest = (query @ few.transpose(1, 2)).amax(-1, keepdim=True)
+            scores = torch.baddbmm(highest, query, key.transpose(1, 2), beta=-d**-0.5, alpha=d**-0.5)   # [heads, rows, m]
+            if w:
+                scores[:, :r, m - w:] += masks[head:head + heads, row:row + most]
+            torch.bmm(scores.softmax(-1), value, out=out[head:head + heads, row:row + most])
+    return out[:, :r].view(b, k, r, d)
 
 
 # -------------------------------------------------------------------------------------------------------------- cache
 
 class KVCache:
-    """Static key/value cache [L, b, k, capacity, d]. The first `length` rows are committed; a forward writes its n rows
-    behind them, and `commit` says which of those stay."""
+    """Static key/value cache [L, b, 2k, capacity, d], keys before values. The first `length` rows are committed; a forward writes its n
+    rows behind them, and `commit` says which of those stay."""
 
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device, batch: int = 1):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
+        self._hold(torch.zeros(config.num_hidden_layers, batch, 2 * config.num_key_value_heads, capacity, config.head_dim, dtype=dtype, device=device))
         self.length = 0
 
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[3]
+    def _hold(self, rows: Tensor) -> None:
+        self.rows, self.layers, self.capacity = rows, rows.unbind(0), rows.shape[3]    # unbind: indexing a layer once, not in every forward
+        self.keys, self.values = rows.chunk(2, dim=2)
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` rows, keeping what is there."""
         if capacity > self.capacity:
-            more = (0, 0, 0, capacity - self.capacity)
-            self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
+            self._hold(F.pad(self.rows, (0, 0, 0, capacity - self.capacity)))
 
     def drop(self, count: int) -> None:
         """Forget the first `count` committed rows; the others move to the front."""
-        for rows in (self.keys, self.values):
-            rows[:, :, :, :self.length - count] = rows[:, :, :, count:self.length].clone()
+        self.rows[:, :, :, :self.length - count] = self.rows[:, :, :, count:self.length].clone()
         self.length -= count
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put keys and values [b, k, n, d] behind the committed rows; return views [b, k, length + n, d] to attend to."""
-        n, end = keys.shape[2], self.length + keys.shape[2]
-        if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} rows and {end} are needed; reserve more")
-        all_keys, all_values = self.keys[layer], self.values[layer]                # narrow is indexing, at a third of its time
-        all_keys.narrow(2, self.length, n).copy_(keys)
-        all_values.narrow(2, self.length, n).copy_(values)
-        return all_keys.narrow(2, 0, end), all_values.narrow(2, 0, end)
+    def columns(self, r: int, n: int) -> int:
+        """How many rows r queries read once n rows are written: those, or the whole cache where that makes a round size."""
+        m = self.length + n
+        round_size = r <= FEW and self.capacity - m <= 512 and by_products(r, self.capacity, self.rows.device, self.rows.dtype)
+        return self.capacity if round_size else m
 
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """Write keys and values, then let queries [b, k, g*n, d] read all that is there; returns [b, k, g*n, d]."""
-        return attention(queries, *self.write(layer, keys, values), mask)
+    def write(self, layer: int, rows: Tensor) -> Tensor:
+        """Put rows [b, 2k, n, d], keys and values, behind the committed ones; return the layer's cache."""
+        n = rows.shape[2]
+        if self.length + n > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} rows and {self.length + n} are needed; reserve more")
+        self.layers[layer].narrow(2, self.length, n).copy_(rows)                       # narrow is indexing, at a third of its time
+        return self.layers[layer]
+
+    def attend(self, layer: int, queries: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
+        """Write rows [b, 2k, n, d], keys and values, then let queries [b, k, g*n, d] read all that is there; returns [b, k, g*n, d].
+        A mask is for the last of `columns`; without one, what was written last ends them."""
+        n = rows.shape[2]
+        columns = self.length + n if mask is None else self.columns(queries.shape[2], n)
+        return attention(queries, *self.write(layer, rows).narrow(2, 0, columns).chunk(2, dim=1), mask)
 
     def commit(self, rows: list[int]) -> None:
         """Keep these of the rows written last (0 = the first of them), in this order; the others are overwritten next time."""
         if rows != list(range(len(rows))):  # a path through a tree: bring its rows together, all layers at once
-            index = torch.tensor(rows, device=self.keys.device) + self.length
-            self.keys[:, :, :, self.length:self.length + len(rows)] = self.keys[:, :, :, index]
-            self.values[:, :, :, self.length:self.length + len(rows)] = self.values[:, :, :, index]
+            index = torch.tensor(rows, device=self.rows.device) + self.length
+            self.rows[:, :, :, self.length:self.length + len(rows)] = self.rows[:, :, :, index]
         self.length += len(rows)
 
 
@@ -292,7 +293,11 @@ class NoCache:
 
     length = 0
 
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    def columns(self, r: int, n: int) -> int:
+        return n
+
+    def attend(self, layer: int, queries: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
+        keys, values = rows.chunk(2, dim=1)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
 
 
@@ -303,11 +308,11 @@ class PackedCache:
     def __init__(self, caches: list[KVCache], sizes: list[int]):
         self.caches, self.sizes = caches, sizes                                    # sizes: tokens of each in the row
 
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, masks: list[Tensor | None]) -> Tensor:
-        _, k, n, d = keys.shape
-        parts = (x.split(self.sizes, dim=-2) for x in (queries.view(1, k, -1, n, d), keys, values))
-        out = [cache.attend(layer, own.flatten(2, 3), key, value, mask).view(1, k, own.shape[2], -1, d)
-               for cache, mask, own, key, value in zip(self.caches, masks, *parts)]
+    def attend(self, layer: int, queries: Tensor, rows: Tensor, masks: list[Tensor | None]) -> Tensor:
+        k, n, d = queries.shape[1], *rows.shape[2:]
+        parts = (x.split(self.sizes, dim=-2) for x in (queries.view(1, k, -1, n, d), rows))
+        out = [cache.attend(layer, own.flatten(2, 3), row, mask).view(1, k, own.shape[2], -1, d)
+               for cache, mask, own, row in zip(self.caches, masks, *parts)]
         return torch.cat(out, dim=3).flatten(2, 3)
 
 
@@ -316,8 +321,8 @@ class PackedCache:
 class Part(nn.Module):
     """A module that is called as a plain function: nn.Module's look for hooks took 5% of a plain decoding step."""
 
-    def __call__(self, *args):
-        return self.forward(*args)
+    def __init_subclass__(cls):
+        cls.__call__ = cls.forward
 
 
 class Linear(Part):
@@ -351,7 +356,7 @@ class RMSNorm(Part):
         """The layer norm of (x, -x), whose mean is 0 and whose variance is the mean of x squared: on a CPU one fused kernel
         instead of eight small ones, and in bfloat16 rounded exactly as in transformers."""
         size = x.shape[-1]
-        return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=self.eps).narrow(-1, 0, size) * self.weight
+        return torch.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=self.eps).narrow(-1, 0, size) * self.weight
 
 
 class Attention(Part):
@@ -364,18 +369,19 @@ class Attention(Part):
         if self.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(self.d, config.rms_norm_eps), RMSNorm(self.d, config.rms_norm_eps)
 
-    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [b, k, g*n, d], keys and values [b, k, n, d] of x [b, n, inputs], at their positions."""
+    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries [b, k, g*n, d], and keys and values [b, 2k, n, d], of x [b, n, inputs] at their positions."""
         b, n, _ = x.shape
         h, k, d, g = self.h, self.k, self.d, self.h // self.k
-        qk, values = self.qkv_proj(x).view(b, n, h + 2 * k, d).split((h + k, k), dim=2)
+        rows = self.qkv_proj(x).view(b, n, h + 2 * k, d)
         if self.qk_norm:
-            qk = torch.cat((self.q_norm(qk[:, :, :h]), self.k_norm(qk[:, :, h:])), dim=2)
-        cos, sin = rotary                                                          # [b, n, 1, d]; sin of the first half is negative
-        queries, keys = (qk * cos + qk.roll(d // 2, -1) * sin).split((h, k), dim=2)
+            queries, keys, values = rows.split((h, k, k), dim=2)
+            rows = torch.cat((self.q_norm(queries), self.k_norm(keys), values), dim=2)
+        cos, sin = rotary                                                          # [b, n, h + 2k, d]; sin of the first half is negative
+        queries, rows = (rows * cos + rows.roll(d // 2, -1) * sin).split_with_sizes((h, 2 * k), dim=2)
         # The g query heads that share a key head become rows of one attention: no key is read or copied twice.
         queries = queries.view(b, n, k, g, d).permute(0, 2, 3, 1, 4).reshape(b, k, g * n, d)
-        return queries, keys.transpose(1, 2), values.transpose(1, 2)
+        return queries, rows.transpose(1, 2)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache, layer: int) -> Tensor:
         b, n, _ = x.shape
@@ -444,26 +450,33 @@ class _Decoder(nn.Module):
         self.register_buffer("inverse", inverse, persistent=False)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [b, n, 1, d] for positions [b, n], computed in float32. Dimension i turns with i + d/2, the first of the two by
-        -sin; the sign is in the table."""
+        """cos and sin [b, n, h + 2k, d] for positions [b, n], computed in float32. Dimension i turns with i + d/2, the first of the two by
+        -sin; the sign is in the table. Values do not turn: 1 and 0 there let one product serve queries, keys and values."""
         angles = (positions[..., None].float() * self.inverse)[:, :, None]
         cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
-        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+        turned = self.config.num_attention_heads + self.config.num_key_value_heads
+        tables = torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+        return tuple(F.pad(table.expand(-1, -1, turned, -1), (0, 0, 0, self.config.num_key_value_heads), value=value)
+                     for table, value in zip(tables, (1.0, 0.0)))
 
     def group(self, mask: Tensor | list | None, n: int, cache: KVCache | PackedCache, dtype: torch.dtype) -> Tensor | list | None:
-        """A mask [n, w] or [b, n, w] (True = attend; None = causal) as `attention` reads it: [b, 1, g*n, w or m], made once a forward."""
+        """A mask [n, w] or [b, n, w] (True = attend; None = causal) as `attention` reads it, made once a forward: [b, 1, g*n, w or
+        all columns]."""
         if isinstance(cache, PackedCache):
             return [self.group(own, size, part, dtype) for own, size, part in zip(mask, cache.sizes, cache.caches)]
+        g, m = self.config.num_attention_heads // self.config.num_key_value_heads, cache.length + n
+        columns = cache.columns(g * n, n)
         if mask is None:
-            if n == 1:
+            if n == 1 and columns == m:
                 return None
             mask = torch.ones(n, n, dtype=torch.bool, device=self.inverse.device).tril()
         if mask.dim() == 2:
             mask = mask[None]
-        g, m = self.config.num_attention_heads // self.config.num_key_value_heads, cache.length + n
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)  # SDPA's faster kind
-        if mask.shape[-1] < m and not by_products(g * n, m, mask.device, dtype):
+        if mask.shape[-1] < m and not by_products(g * n, columns, mask.device, dtype):
             mask = F.pad(mask, (m - mask.shape[-1], 0))
+        if columns > m:                                                            # rows of the cache that nothing was written to
+            mask = F.pad(mask, (0, columns - m), value=-torch.inf)
         return mask[:, None].repeat(1, 1, g, 1)
 
     def pack(self) -> None:

@@ -758,25 +758,43 @@ def test_attention_reads_what_is_committed_and_one_mask_serves_all_layers(monkey
     assert state.cache.capacity > 5 * length
 
 
-@pytest.mark.parametrize("r, m, w, b", [(768, 1024, 256, 1), (256, 2048, 0, 1), (512, 512, 512, 2), (768, 7168, 256, 1), (256, 768, 40, 2)])
+@pytest.mark.parametrize("r, m, w, b", [(768, 1024, 256, 1), (256, 2048, 0, 1), (512, 512, 512, 2), (768, 7168, 256, 1), (256, 768, 40, 2),
+                                        (3, 2048, 31, 1), (24, 2560, 9, 1), (21, 2048, 2048, 2), (64, 4096, 0, 1)])
 def test_attention_by_products_is_attention(r, m, w, b, monkeypatch):
-    """In bfloat16 against float64; the largest score may be anywhere, also where the row's maximum is not looked for."""
-    fused, calls = F.scaled_dot_product_attention, []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: calls.append(1) or fused(*args, **kwargs))
+    """In bfloat16 against float64, by whole chunks of a prompt and by few rows over a long cache; the largest score may be anywhere,
+    also where the row's maximum is not looked for."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
     torch.manual_seed(r)
     q, keys, values = (torch.randn(b, 3, size, 64, dtype=torch.bfloat16) * scale for size, scale in ((r, 2), (m, 1.5), (m, 1)))
     mask = torch.where(torch.rand(b, 1, r, w) < 0.5, -torch.inf, 0.0).bfloat16() if w else None
     if w:
         mask[..., -1] = 0
         wide = F.pad(mask, (m - w, 0)).double()
-    for loud, by in ((1, False), (6, False), (60, True)):
+    for loud in (1, 6):
         keys[:, :, m // 2] *= loud
         scores = q.double() @ keys.double().transpose(-1, -2) / 8 + (wide if w else 0)
         exact = scores.softmax(-1) @ values.double()
-        calls.clear()
         got = attention(q, keys, values, mask)
-        assert bool(calls) == (by and m > w + 64)
         assert (got.double() - exact).abs().max() < 0.04 and (got.double() - exact).square().mean().sqrt() < 0.004
+
+
+def test_a_long_cache_is_read_whole_and_what_was_not_written_counts_for_nothing(monkeypatch):
+    """Verification of a tree behind 2,000 tokens in bfloat16: products over the whole cache against the fused kernel over what is there."""
+    target, reads = tiny(3, context=4096).bfloat16(), []
+    monkeypatch.setattr("model.attention", lambda q, k, v, mask: reads.append(k.shape[2]) or attention(q, k, v, mask))
+    for n in (1, 2, 7):
+        tree, logits = Tree.rooted(5), []
+        for i in range(1, n):
+            tree.add(i, i * 5 % 3 % i, -i, "draft")
+        for few in (64, 0):
+            monkeypatch.setattr("model.FEW", few)
+            cache = target.new_cache(2048)
+            cache.rows.copy_(torch.randn(cache.rows.shape, generator=torch.Generator().manual_seed(n)))
+            cache.rows[:, :, :, 2000:] = 1e4
+            cache.length = 2000
+            logits.append(target(torch.tensor([tree.tokens]), tree.positions(2000)[None], cache, tree.mask() if n > 1 else None)[0])
+            assert reads.pop() == (2048 if few else 2000 + n)
+        assert (logits[0] - logits[1]).abs().max() < 0.1 * logits[1].abs().max()      # a row that should not count holds 1e4
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

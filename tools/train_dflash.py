@@ -37,13 +37,16 @@ class BlockCache:
     length = 0
 
     def __init__(self):
-        self.context: dict[int, tuple[Tensor, Tensor]] = {}
+        self.context: dict[int, Tensor] = {}
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        self.context[layer] = keys, values
+    def columns(self, r: int, n: int) -> int:
+        return n
 
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        keys, values = (torch.cat(pair, dim=2) for pair in zip(self.context[layer], (keys, values)))
+    def write(self, layer: int, rows: Tensor) -> None:
+        self.context[layer] = rows
+
+    def attend(self, layer: int, queries: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
+        keys, values = torch.cat((self.context[layer], rows), dim=2).chunk(2, dim=1)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
 
 

@@ -54,9 +54,8 @@ class RingCache(KVCache):
 
     slot = 0
 
-    def attend(self, layer, queries, keys, values, mask):
-        self.keys[layer, :, :, self.slot] = keys[:, :, 0]
-        self.values[layer, :, :, self.slot] = values[:, :, 0]
+    def attend(self, layer, queries, rows, mask):
+        self.rows[layer, :, :, self.slot] = rows[:, :, 0]
         scores = queries @ self.keys[layer].transpose(-1, -2) * queries.shape[-1]**-0.5 + mask
         return scores.softmax(-1) @ self.values[layer]      # on a CPU more than twice as fast here as the fused kernel
 
@@ -160,7 +159,11 @@ class ChainCache:
     def __init__(self):
         self.past = []                                                             # a pair (keys, values) for each step
 
-    def attend(self, layer, queries, keys, values, mask):                          # [b, k, g*n, d], [b, k, n, d]
+    def columns(self, r, n):
+        return n
+
+    def attend(self, layer, queries, rows, mask):                                  # [b, k, g*n, d], [b, 2k, n, d]
+        keys, values = rows.chunk(2, dim=1)
         self.past.append((keys, values))
         b, k, n, d = keys.shape
         step, queries = len(self.past) - 1, queries * d**-0.5

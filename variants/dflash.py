@@ -69,8 +69,8 @@ class DFlash(_Decoder):
         x = self.hidden_norm(self.fc(features))
         rotary = self.rotary(positions, x.dtype)
         for layer in self.layers:
-            _, keys, values = layer.self_attn.project(x, rotary)
-            cache.write(layer.index, keys, values)
+            _, rows = layer.self_attn.project(x, rotary)
+            cache.write(layer.index, rows)
 
     def forward(self, x: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None = None) -> Tensor:
         """Embeddings x [b, n, H] of blocks at positions [b, n] -> what the target's head reads [b, n, H]. mask [b, n, m]: True =

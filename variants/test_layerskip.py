@@ -65,7 +65,7 @@ def test_verification_runs_early_layers_for_new_nodes_only_and_its_logits_and_ro
         return whole(layer, x, *args)
 
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        patch.setattr(Layer, "forward", counted)
+        patch.setattr(Layer, "__call__", counted)
         prefill(MODEL, sequence)
         ran[:] = [0] * LAYERS
         for drafted in sequence.drafter.expand(sequence.root, depth, top_k, sequence.sampler):

@@ -45,7 +45,8 @@ def slim_of(model: Model, tokens: list[int], taps: tuple[int, ...] = (), kept: f
     influence[[layer for layer in taps if layer >= 0]] = math.inf
     chosen = influence.topk(max(1, len(set(taps)), round(kept * count))).indices.tolist()
     slim = copy.copy(model)
-    slim._modules = model._modules | {"layers": nn.ModuleList(model.layers[layer] for layer in sorted(chosen))}
+    slim._modules = dict(model._modules)
+    slim.layers = nn.ModuleList(model.layers[layer] for layer in sorted(chosen))
     return slim
 
 
