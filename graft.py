@@ -64,7 +64,7 @@ class GraftConfig:
     adjacency: bool = True
     ngrams: bool = True
     merge: bool = True                           # join retrieved branches as a trie; False: an ablation
-    prefill_chunk: int = 256
+    prefill_chunk: int = 512
     temperature: float = 0.0                     # 0: greedy; else sampling, in this order:
     repetition_penalty: float = 1.0              # positive logits of tokens in the text are divided by it, negative ones multiplied
     top_k: int = 0                               # keep the k likeliest tokens; 0: all

@@ -199,12 +199,13 @@ def rope_frequencies(rope: dict, head_dim: int) -> tuple[Tensor, float]:
 
 # ---------------------------------------------------------------------------------------------------------- attention
 
-FEW = 64   # rows of queries up to which a forward counts as decoding or verification
+FEW = 64   # rows of queries, up to which a forward is decoding or verification rather than a prompt
+
 
 def by_products(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `attention` runs as plain matrix products: in bfloat16 on a CPU those take half the time of torch's fused kernel where there
-    is much to do. oneDNN compiles and keeps a megabyte of code for every shape that they have: let it see only whole chunks of a prompt,
-    and few rows over a long cache of round size."""
+    is much to do. oneDNN compiles and keeps a megabyte of code for every shape that they have: let it see only whole chunks of a prompt, and
+    few rows over a long cache of round size."""
     return dtype == torch.bfloat16 and device.type == "cpu" and columns % 256 == 0 and (rows % 256 == 0 or rows <= FEW and columns >= 2048)
 
 
@@ -217,17 +218,18 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
     (b, k, r, d), m = queries.shape, keys.shape[2]
     if not by_products(r, m, queries.device, queries.dtype):
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-    w, pad = 0 if mask is None else mask.shape[-1], -r % 12 if 4 < r <= FEW else 0    # few shapes for oneDNN
-    heads, most = (b * k, r + pad) if r <= FEW else (1, max(64, 2**23 // m // 64 * 64))   # larger scores would cost fresh pages from the system
+    w, pad = 0 if mask is None else mask.shape[-1], -r % 12 if 4 < r <= FEW else 0
     masks = mask.expand(b, k, -1, -1).flatten(0, 1) if w else None
     queries, keys, values = F.pad(queries, (0, 0, 0, pad)).flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
     sample = torch.cat((keys[:, :32], keys[:, max(m - w - 32, 0):][:, :32]), dim=1)
     out = torch.empty_like(queries)
+    # Few rows: all heads at once. Many: a head and some rows at a time, since larger scores would cost fresh pages from the system.
+    heads, most = (b * k, r + pad) if r <= FEW else (1, max(64, 2**23 // m // 64 * 64))
     for head in range(0, b * k, heads):
-        key, value, few = keys[head:head + heads], values[head:head + heads], sample[head:head + heads]
+        key, value, some = keys[head:head + heads], values[head:head + heads], sample[head:head + heads]
         for row in range(0, r, most):
             query = queries[head:head + heads, row:row + most]                         # [heads, rows, d]
-            highest = (query @ few.transpose(1, 2)).amax(-1, keepdim=True)
+            highest = (query @ some.transpose(1, 2)).amax(-1, keepdim=True)
             scores = torch.baddbmm(highest, query, key.transpose(1, 2), beta=-d**-0.5, alpha=d**-0.5)   # [heads, rows, m]
             if w:
                 scores[:, :r, m - w:] += masks[head:head + heads, row:row + most]

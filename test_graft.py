@@ -782,6 +782,9 @@ def test_a_long_cache_is_read_whole_and_what_was_not_written_counts_for_nothing(
     """Verification of a tree behind 2,000 tokens in bfloat16: products over the whole cache against the fused kernel over what is there."""
     target, reads = tiny(3, context=4096).bfloat16(), []
     monkeypatch.setattr("model.attention", lambda q, k, v, mask: reads.append(k.shape[2]) or attention(q, k, v, mask))
+    short = target.new_cache(2048)
+    short.length = 1000                                                                # as after a return to an earlier text
+    assert short.columns(2, 1) == 1001
     for n in (1, 2, 7):
         tree, logits = Tree.rooted(5), []
         for i in range(1, n):
