@@ -259,7 +259,7 @@ class Drafter:
     def read(self, tokens: Tensor, hidden: Tensor) -> None:
         """Run committed tokens [1, m] and keep their rows; what follows the last of them is where a tree starts."""
         start, count = self.cache.length, tokens.shape[1]
-        self.cache.reserve(_roomy(start + count))
+        self.cache.reserve(start + count)
         positions = torch.arange(start, start + count, device=tokens.device)[None] + self.dropped
         logits, hidden = self.step(tokens, hidden, positions, None)                # no mask: the last token's logits are enough
         self.cache.commit(list(range(count)))
@@ -269,7 +269,7 @@ class Drafter:
         """Yield the tree after expansion step 0 (the root's children), 1, ... `depth`; whoever stops asking stops drafting."""
         self.tree, self.ran, length = Tree.rooted(root), [], self.cache.length    # ran: the nodes in the order of their cache rows
         tree = self.tree
-        self.cache.reserve(_roomy(length + depth * top_k))
+        self.cache.reserve(length + depth * top_k)
         try:
             frontier = tree.expand([0], *self._children(self.logits, top_k, 0, sampler))
             hidden = self.hidden.expand(1, len(frontier), -1)                     # children share their parent's feature
@@ -341,10 +341,6 @@ class ModelDrafter(Drafter):
     def step(self, tokens: Tensor, hidden: Tensor, positions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """A model needs no feature from the step above, so `hidden` [1, n, 0] goes through empty."""
         return self.model(tokens, positions, self.cache, mask, last_only=mask is None)[0], hidden
-
-
-def _roomy(rows: int) -> int:
-    return -(-rows // 512) * 512   # caches grow in steps, so that a long generation copies them rarely
 
 
 # --------------------------------------------------------------------------------------------------------- generation
@@ -474,7 +470,7 @@ def prefill(model: Model, sequence: Sequence) -> Round:
     chunk = sequence.config.prefill_chunk
     with sequence.stats.clock("prefill"):
         state.rewind(prompt)
-        state.cache.reserve(_roomy(len(prompt) + 1))
+        state.cache.reserve(len(prompt) + 1)
         state.ngrams.append([-1, *prompt])
         sampler.read(prompt)
         ids = torch.tensor(prompt, device=model.device)
@@ -560,7 +556,7 @@ def verify(model: Model, sequences: list[Sequence], trees: list[Tree]) -> list[t
     begin, device, sizes = time.perf_counter(), model.device, [len(tree) for tree in trees]
     caches = [sequence.state.cache for sequence in sequences]
     for cache, size in zip(caches, sizes):
-        cache.reserve(_roomy(cache.length + size))
+        cache.reserve(cache.length + size)
     tokens = torch.tensor([[token for tree in trees for token in tree.tokens]], device=device)
     positions = torch.cat([tree.positions(cache.length, device) for tree, cache in zip(trees, caches)])[None]
     masks = [tree.mask(device) if len(tree) > 1 else None for tree in trees]

@@ -243,6 +243,8 @@ class KVCache:
     """Static key/value cache [L, b, 2k, capacity, d], keys before values. The first `length` rows are committed; a forward writes its n
     rows behind them, and `commit` says which of those stay."""
 
+    STEP = 512   # rows by which a cache grows, so that a long generation copies it rarely and its size is round
+
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device, batch: int = 1):
         self._hold(torch.zeros(config.num_hidden_layers, batch, 2 * config.num_key_value_heads, capacity, config.head_dim, dtype=dtype, device=device))
         self.length = 0
@@ -252,9 +254,9 @@ class KVCache:
         self.keys, self.values = rows.chunk(2, dim=2)
 
     def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` rows, keeping what is there."""
+        """Make room for `capacity` rows or some more, keeping what is there."""
         if capacity > self.capacity:
-            self._hold(F.pad(self.rows, (0, 0, 0, capacity - self.capacity)))
+            self._hold(F.pad(self.rows, (0, 0, 0, -(-capacity // self.STEP) * self.STEP - self.capacity)))
 
     def drop(self, count: int) -> None:
         """Forget the first `count` committed rows; the others move to the front."""
@@ -264,7 +266,7 @@ class KVCache:
     def columns(self, r: int, n: int) -> int:
         """How many rows r queries read once n rows are written: those, or the whole cache where that makes a round size."""
         m = self.length + n
-        round_size = r <= FEW and self.capacity - m <= 512 and by_products(r, self.capacity, self.rows.device, self.rows.dtype)
+        round_size = r <= FEW and self.capacity - m <= self.STEP and by_products(r, self.capacity, self.rows.device, self.rows.dtype)
         return self.capacity if round_size else m
 
     def write(self, layer: int, rows: Tensor) -> Tensor:
@@ -456,10 +458,9 @@ class _Decoder(nn.Module):
         -sin; the sign is in the table. Values do not turn: 1 and 0 there let one product serve queries, keys and values."""
         angles = (positions[..., None].float() * self.inverse)[:, :, None]
         cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
-        turned = self.config.num_attention_heads + self.config.num_key_value_heads
+        h, k = self.config.num_attention_heads, self.config.num_key_value_heads
         tables = torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
-        return tuple(F.pad(table.expand(-1, -1, turned, -1), (0, 0, 0, self.config.num_key_value_heads), value=value)
-                     for table, value in zip(tables, (1.0, 0.0)))
+        return tuple(F.pad(table.expand(-1, -1, h + k, -1), (0, 0, 0, k), value=value) for table, value in zip(tables, (1.0, 0.0)))
 
     def group(self, mask: Tensor | list | None, n: int, cache: KVCache | PackedCache, dtype: torch.dtype) -> Tensor | list | None:
         """A mask [n, w] or [b, n, w] (True = attend; None = causal) as `attention` reads it, made once a forward: [b, 1, g*n, w or
@@ -475,10 +476,10 @@ class _Decoder(nn.Module):
         if mask.dim() == 2:
             mask = mask[None]
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)  # SDPA's faster kind
-        if mask.shape[-1] < m and not by_products(g * n, columns, mask.device, dtype):
-            mask = F.pad(mask, (m - mask.shape[-1], 0))
         if columns > m:                                                            # rows of the cache that nothing was written to
             mask = F.pad(mask, (0, columns - m), value=-torch.inf)
+        elif mask.shape[-1] < m and not by_products(g * n, m, mask.device, dtype):
+            mask = F.pad(mask, (m - mask.shape[-1], 0))
         return mask[:, None].repeat(1, 1, g, 1)
 
     def pack(self) -> None:

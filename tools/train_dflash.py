@@ -26,21 +26,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "variants")]
 from demo_model import command_line  # noqa: E402
 from dflash import DFlash, stacked  # noqa: E402
-from model import Model, load_model, unstacked  # noqa: E402
+from model import Model, NoCache, load_model, unstacked  # noqa: E402
 from retrieval import whole  # noqa: E402
 from train_eagle3 import Texts, data_folder, descend, learning_rate, model_folder, new_optimizers, report_progress  # noqa: E402
 
 
-class BlockCache:
+class BlockCache(NoCache):
     """What `DFlash.read` writes, kept with its gradient; every block of a batch attends to it under one mask."""
-
-    length = 0
 
     def __init__(self):
         self.context: dict[int, Tensor] = {}
-
-    def columns(self, r: int, n: int) -> int:
-        return n
 
     def write(self, layer: int, rows: Tensor) -> None:
         self.context[layer] = rows

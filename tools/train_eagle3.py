@@ -26,7 +26,7 @@ TEXT = ROOT / "assets" / "smollm2-135m-text.safetensors"
 SHARD = 250      # conversations in each shard that is made from TEXT; the first shard is held out
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from demo_model import cache_folder, command_line, demo_model  # noqa: E402
-from model import Eagle3, KVCache, Model, _stacked, fetch_checkpoint, load_eagle3, load_model, unstacked  # noqa: E402
+from model import Eagle3, KVCache, Model, NoCache, _stacked, fetch_checkpoint, load_eagle3, load_model, unstacked  # noqa: E402
 from retrieval import whole  # noqa: E402
 
 SHORT = [                                                                          # how a user's turn may begin
@@ -149,18 +149,13 @@ def generate(args) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ training
 
-class ChainCache:
+class ChainCache(NoCache):
     """Attention during training-time test (EAGLE-3, section 3.2). In chained step k, position i reads the true features up to
     i - k and, behind them, the head's own guesses of steps 1..k: the one of step s that belongs to it was made at i - (k - s).
     Every position of a batch is trained at once, so those guesses lie on diagonals."""
 
-    length = 0
-
     def __init__(self):
         self.past = []                                                             # a pair (keys, values) for each step
-
-    def columns(self, r, n):
-        return n
 
     def attend(self, layer, queries, rows, mask):                                  # [b, k, g*n, d], [b, 2k, n, d]
         keys, values = rows.chunk(2, dim=1)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
-from graft import Sampler, _roomy  # noqa: E402
+from graft import Sampler  # noqa: E402
 from model import CheckpointError, KVCache, Layer, Linear, Model, ModelConfig, RMSNorm, fetch_checkpoint, read_json  # noqa: E402
 from model import _Decoder, _fill, _stacked, _Tensors  # noqa: E402
 from tree import Tree  # noqa: E402
@@ -97,14 +97,14 @@ class DFlashDrafter:
     def observe(self, features: Tensor, tokens: Tensor) -> None:
         """Read features [1, m, len(taps) * H] of m newly committed positions; which tokens stood there does not matter."""
         start, count = self.cache.length, features.shape[1]
-        self.cache.reserve(_roomy(start + count))
+        self.cache.reserve(start + count)
         self.net.read(features, torch.arange(start, start + count, device=features.device)[None], self.cache)
         self.cache.commit(list(range(count)))
 
     def guess(self, root: int, most: int) -> Tensor:
         """Logits [steps, V] of the tokens behind the root: all B - 1 that a block has, or the first `most`."""
         net, start = self.net, self.cache.length
-        self.cache.reserve(_roomy(start + net.block_size))
+        self.cache.reserve(start + net.block_size)
         block = torch.tensor([[root] + [net.mask_token_id] * (net.block_size - 1)], device=self.ids.device)
         positions = torch.arange(start, start + net.block_size, device=self.ids.device)[None]
         return self.target.lm_head(net(self.target.embed_tokens(block), positions, self.cache)[0, 1:most + 1])

@@ -27,7 +27,7 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from depth_pruned import chain_score, choices, forward_cost, held_out, model_folder, through  # noqa: E402
-from graft import Drafter, GraftConfig, Sequence, _roomy  # noqa: E402
+from graft import Drafter, GraftConfig, Sequence  # noqa: E402
 from model import KVCache, Model, load_model  # noqa: E402
 from train_eagle3 import TEXT  # noqa: E402
 from tree import Tree  # noqa: E402
@@ -108,7 +108,7 @@ def verify_one(model: Model, sequence: Sequence, tree: Tree) -> tuple[list[int],
     with sequence.stats.clock("verify"):
         drafter, cache, device, n = sequence.drafter, sequence.state.cache, model.device, len(tree)
         length, early, rows = cache.length, drafter.early, drafter.rows(tree)
-        cache.reserve(_roomy(length + n))
+        cache.reserve(length + n)
         reused, new = [i for i in range(n) if rows[i] is not None], [i for i in range(n) if rows[i] is None]
         order = reused + new
         positions, mask = tree.positions(length, device)[None], tree.mask(device)

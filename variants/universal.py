@@ -160,7 +160,7 @@ class UniversalDrafter:
     def forward(self, tokens: list[int], last_only: bool = False) -> Tensor:
         """Log-probabilities [n or 1, V] after n more draft tokens; what the target cannot say has none."""
         start, device = self.cache.length, self.model.device
-        self.cache.reserve(-(-(start + len(tokens)) // 512) * 512)
+        self.cache.reserve(start + len(tokens))
         positions = torch.arange(start, start + len(tokens), device=device)[None]
         logits, _ = self.model(torch.tensor([tokens], device=device), positions, self.cache, last_only=last_only)
         self.cache.commit(list(range(len(tokens))))

@@ -73,7 +73,7 @@ class TieredDrafter:
 def forward(model: Model, sequence: Sequence, unread: list[int], tree: Tree) -> tuple[Tensor, Tensor | None]:
     """Run the tree behind `unread`, the last tokens in the cache, whose rows are written anew. Returns logits [u + n, V] and features."""
     cache, device, u = sequence.state.cache, model.device, len(unread)
-    cache.reserve(-(-(cache.length + len(tree)) // 512) * 512)
+    cache.reserve(cache.length + len(tree))
     whole = cache.length
     cache.length -= u
     tokens = torch.tensor([unread + tree.tokens], device=device)
