@@ -387,9 +387,13 @@ class Attention(Part):
         queries = queries.view(b, n, k, g, d).permute(0, 2, 3, 1, 4).reshape(b, k, g * n, d)
         return queries, rows.transpose(1, 2)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache, layer: int, last: bool = False) -> Tensor:
+        """last: only the last of the n tokens reads the cache and gives a result; the others just leave their keys and values there."""
         b, n, _ = x.shape
-        out = cache.attend(layer, *self.project(x, rotary), mask)
+        queries, rows = self.project(x, rotary)
+        if last:
+            queries, n, mask = queries[:, :, n - 1::n], 1, None
+        out = cache.attend(layer, queries, rows, mask)
         return self.o_proj(out.view(b, self.k, -1, n, self.d).permute(0, 3, 1, 2, 4).reshape(b, n, self.h * self.d))
 
 
@@ -438,8 +442,9 @@ class Layer(Part):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config) if index in config.moe_layers else MLP(config)
 
-    def forward(self, x: Tensor, rotary, mask, cache: KVCache) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache, self.index)
+    def forward(self, x: Tensor, rotary, mask, cache: KVCache, last: bool = False) -> Tensor:
+        read = self.self_attn(self.input_layernorm(x), rotary, mask, cache, self.index, last)
+        x = (x[:, -1:] if last else x) + read
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -517,15 +522,17 @@ class Model(_Decoder):
 
         tokens, positions: [b, n] int64. mask: bool [n, w] or [b, n, w], True = attend, for the last w of the cache.length + n columns;
         all earlier ones are attended to; None = causal; a list of such masks with a PackedCache.
-        taps: layers whose outputs to return (-1 = the embeddings), for a draft head. last_only: logits of the last token alone.
+        taps: layers whose outputs to return (-1 = the embeddings), for a draft head. last_only: logits of the last token alone; where
+        attention is causal, the last layer then computes only keys and values for the others.
         Returns logits [b, n or 1, V] and features [b, n, len(taps) * H], or None without taps.
         """
         x = self.embed_tokens(tokens)                                              # [b, n, H]
         rotary = self.rotary(positions, x.dtype)
+        final = len(self.layers) - 1 if last_only and mask is None else None
         mask = self.group(mask, tokens.shape[1], cache, x.dtype)
         tapped = {-1: x} if taps else {}
         for layer in self.layers:
-            x = layer(x, rotary, mask, cache)
+            x = layer(x, rotary, mask, cache, layer.index == final and final not in taps)
             if layer.index in taps:
                 tapped[layer.index] = x
         logits = self.lm_head(self.norm(x[:, -1:] if last_only else x))
@@ -563,12 +570,13 @@ class Eagle3(_Decoder):
     def forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None = None, *,
                 last_only: bool = False) -> tuple[Tensor, Tensor]:
         """One draft step. tokens, positions [b, n]; hidden [b, n, H] is `fc(target features)` or this method's own second
-        result; mask, last_only as in Model.forward. Returns logits [b, n or 1, draft V] and hidden [b, n, H]."""
+        result; mask as in Model.forward. last_only: attention is causal and only the last token is drafted from, so the others leave
+        their keys and values and no more. Returns logits [b, n or 1, draft V] and hidden [b, n or 1, H]."""
         x = torch.cat((self.input_layernorm(self.embed_tokens(tokens)), self.hidden_norm(hidden)), dim=-1)  # [b, n, 2H]
-        mask = self.group(mask, tokens.shape[1], cache, x.dtype)
-        hidden = hidden + self.self_attn(x, self.rotary(positions, x.dtype), mask, cache, 0)
+        mask = None if last_only else self.group(mask, tokens.shape[1], cache, x.dtype)
+        hidden = (hidden[:, -1:] if last_only else hidden) + self.self_attn(x, self.rotary(positions, x.dtype), mask, cache, 0, last_only)
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return self.lm_head(self.norm(hidden[:, -1:] if last_only else hidden)), hidden
+        return self.lm_head(self.norm(hidden)), hidden
 
 
 # ------------------------------------------------------------------------------------------------------------ loading

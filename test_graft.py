@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import run
 import train_eagle3  # in tools/, which run.py puts on the path
 from graft import METHODS, EagleDrafter, GraftConfig, Sampler, Sequence, State, generate, generate_batch, run_rounds
-from model import CheckpointError, Eagle3, Model, ModelConfig, attention, load_eagle3, load_model
+from model import MLP, CheckpointError, Eagle3, Model, ModelConfig, attention, load_eagle3, load_model
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, template
 from tree import ADJACENCY, DRAFT, NGRAM, TARGET, Tree
 
@@ -266,6 +266,28 @@ def test_a_window_keeps_the_last_rows_at_their_distances():
         for seen, expected in zip(windowed.expand(tokens[30], 2, 3, sampler), fresh.expand(tokens[30], 2, 3, sampler)):
             assert seen.tokens == expected.tokens and max(abs(a - b) for a, b in zip(seen.scores, expected.scores)) < 1e-5
         assert windowed.rewind(31) == 30 and windowed.rewind(29) == 28 and windowed.rewind(20) == 0 and windowed.dropped == 0
+
+
+@pytest.mark.parametrize("taps", [(1, 2, 3), (0, 5)])
+@pytest.mark.parametrize("n", [1, 7])
+def test_reading_for_the_last_token_alone_is_reading(taps, n, monkeypatch):
+    """The same logits, features and rows as a whole forward, behind cached text too; only the last token goes through the last MLP."""
+    tokens, start = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5][:4 + n]]), 4
+    features = torch.randn(1, start + n, HEAD.config.hidden_size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for network, last in ((MODEL, MODEL.layers[-1]), (HEAD, HEAD)):
+        results = []
+        for last_only in (False, True):
+            cache, given = network.new_cache(16), []
+            call = (lambda i, j, **kind: MODEL(tokens[:, i:j], torch.arange(i, j)[None], cache, taps=taps, **kind)) if network is MODEL else \
+                (lambda i, j, **kind: HEAD(tokens[:, i:j], features[:, i:j], torch.arange(i, j)[None], cache, **kind))
+            with torch.inference_mode(), monkeypatch.context() as patch:
+                call(0, start)
+                cache.commit(list(range(start)))
+                patch.setattr(MLP, "__call__", lambda self, x: (self is last.mlp and given.append(x.shape[1]), self.forward(x))[1])
+                logits, out = call(start, start + n, last_only=last_only)
+            results.append((logits[:, -1], out if network is MODEL else out[:, -1], cache.rows))
+            assert given == [1 if last_only and (network is HEAD or 5 not in taps) else n] and logits.shape[1] == (1 if last_only else n)
+        assert all((a - b).abs().max() < 1e-9 for a, b in zip(*results))
 
 
 @pytest.mark.parametrize("change, named", [
