@@ -346,6 +346,8 @@ class Linear(Part):
         if self.packed is None:
             return F.linear(x, self.weight)
         n = x.shape[-2]
+        if n == 1:               # oneDNN's kernel for 5 rows reads the weights faster than that for one, and gives the same row
+            return torch.ops.mkldnn._linear_pointwise.default(x.expand(*x.shape[:-2], 5, -1), self.packed, None, "none", [], "").narrow(-2, 0, 1)
         if n > 32 and n % 8:     # oneDNN keeps megabytes of code for every number of rows that it has seen: let it see few
             return self(F.pad(x, (0, 0, 0, -n % 8)))[..., :n, :]
         return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, None, "none", [], "")
