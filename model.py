@@ -346,8 +346,8 @@ class Linear(Part):
         if self.packed is None:
             return F.linear(x, self.weight)
         n = x.shape[-2]
-        if n == 1:               # oneDNN's kernel for 5 rows reads the weights faster than that for one, and gives the same row
-            return torch.ops.mkldnn._linear_pointwise.default(x.expand(*x.shape[:-2], 5, -1), self.packed, None, "none", [], "").narrow(-2, 0, 1)
+        if x.numel() == x.shape[-1]:    # one row: oneDNN's kernel for five reads the weights faster, and gives the same row
+            return self(x.expand(*x.shape[:-2], 5, -1)).narrow(-2, 0, 1)
         if n > 32 and n % 8:     # oneDNN keeps megabytes of code for every number of rows that it has seen: let it see few
             return self(F.pad(x, (0, 0, 0, -n % 8)))[..., :n, :]
         return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, None, "none", [], "")
@@ -530,11 +530,12 @@ class Model(_Decoder):
         """
         x = self.embed_tokens(tokens)                                              # [b, n, H]
         rotary = self.rotary(positions, x.dtype)
-        final = len(self.layers) - 1 if last_only and mask is None else None
+        final = len(self.layers) - 1
+        alone = final if last_only and mask is None and final not in taps else None   # the layer that only the last token goes through
         mask = self.group(mask, tokens.shape[1], cache, x.dtype)
         tapped = {-1: x} if taps else {}
         for layer in self.layers:
-            x = layer(x, rotary, mask, cache, layer.index == final and final not in taps)
+            x = layer(x, rotary, mask, cache, layer.index == alone)
             if layer.index in taps:
                 tapped[layer.index] = x
         logits = self.lm_head(self.norm(x[:, -1:] if last_only else x))
@@ -572,13 +573,14 @@ class Eagle3(_Decoder):
     def forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None = None, *,
                 last_only: bool = False) -> tuple[Tensor, Tensor]:
         """One draft step. tokens, positions [b, n]; hidden [b, n, H] is `fc(target features)` or this method's own second
-        result; mask as in Model.forward. last_only: attention is causal and only the last token is drafted from, so the others leave
-        their keys and values and no more. Returns logits [b, n or 1, draft V] and hidden [b, n or 1, H]."""
+        result; mask, last_only as in Model.forward. Returns logits [b, n or 1, draft V] and hidden [b, n, H], or [b, 1, H] where only
+        the last token went through the layer."""
         x = torch.cat((self.input_layernorm(self.embed_tokens(tokens)), self.hidden_norm(hidden)), dim=-1)  # [b, n, 2H]
-        mask = None if last_only else self.group(mask, tokens.shape[1], cache, x.dtype)
-        hidden = (hidden[:, -1:] if last_only else hidden) + self.self_attn(x, self.rotary(positions, x.dtype), mask, cache, 0, last_only)
+        alone = last_only and mask is None
+        mask = None if alone else self.group(mask, tokens.shape[1], cache, x.dtype)
+        hidden = (hidden[:, -1:] if alone else hidden) + self.self_attn(x, self.rotary(positions, x.dtype), mask, cache, 0, alone)
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return self.lm_head(self.norm(hidden)), hidden
+        return self.lm_head(self.norm(hidden[:, -1:] if last_only else hidden)), hidden
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
