@@ -5,8 +5,10 @@ are transformers (parity of logits), a plain EAGLE-3 written here from DESIGN.md
 greedy loop that recomputes everything for every token.
 """
 
+import argparse
 import json
 import math
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -319,6 +321,41 @@ def test_training_time_test_is_the_chain_that_drafting_walks(tmp_path):
             known = i - k + 1
             expected = plain_eagle(w, HEAD.config, w["embed_tokens.weight"], list(features[0, :known]), following[:known], following[known:i + 1])[-1]
             assert (logits[1, i].log_softmax(-1) - expected).abs().max() < 1e-5   # its softmax is float32
+
+
+def test_self_made_text_is_what_the_target_would_write(tmp_path):
+    """Rows that begin anew at any step must not see what was there before: greedy answers are those of plain decoding, in turns as
+    the template wants them, and features on disk are those that the target gives."""
+    class Words:
+        render = staticmethod(lambda messages: "<" + messages[0]["content"] + ">")
+        encode_control = staticmethod(lambda text: {"<": [1, 2], ">": [3, 4, 5]}[text])
+        encode = staticmethod(lambda text: [6 + len(text) % 9, 7] if text else [])
+
+    model = tiny(eos_token_ids=(0,))
+    args = argparse.Namespace(batch=5, length=48, seed=3, greedy_share=1.0, answer_length=12)
+    taps, texts = train_eagle3.four_taps(model), []
+    with torch.inference_mode():
+        writer = train_eagle3.Writer(model, Words, args, taps)
+        for step in range(400):
+            writer.step()
+            texts += writer.finished() if step % 4 == 3 else []
+    assert len(texts) > 20 and sum(int(tokens[-1] == 0) for tokens, *_ in texts) < len(texts)
+    for tokens, start, _ in texts:
+        tokens = tokens.tolist()
+        answer, finish = plain_greedy(model, tokens[:start], args.answer_length, eos=(0,))
+        assert tokens[:2] == [1, 2] and tokens[start - 3:start] == [3, 4, 5] and 0 not in tokens[2:start - 3]
+        assert tokens[start:] == answer[:len(tokens) - start] and (len(tokens) - start == len(answer) or len(tokens) == args.length - 1)
+    with_features, without = tmp_path / "shard-0.safetensors", tmp_path / "shard-1.safetensors"
+    train_eagle3.write_shard(with_features, texts)
+    train_eagle3.write_shard(without, [(tokens, start, None) for tokens, start, _ in texts])
+    stored, computed = (list(train_eagle3.Texts([path], model).batches(random.Random(1), 100)) for path in (with_features, without))
+    assert len(stored) > 5
+    for (tokens, features, kind), (same_tokens, live, same_kind) in zip(stored, computed, strict=True):
+        assert tokens.numel() <= 100 and torch.equal(tokens, same_tokens) and torch.equal(kind, same_kind)
+        assert (features - live)[kind > 0].abs().max() < 0.01 * live.abs().max()                       # kept in bfloat16
+        for row, kinds in zip(tokens.tolist(), kind.tolist()):
+            first = kinds.index(2) + 1
+            assert row[first - 3:first] == [3, 4, 5] and kinds == sorted(kinds[:first - 1]) + [2] * kinds.count(2) + [0] * kinds.count(0)
 
 
 # --------------------------------------------------------------------------------------------------------------- tree

@@ -112,7 +112,6 @@ def validate(net: DFlash, texts: Texts, target: Model, args) -> list[float]:
     right, count, generator = torch.zeros(net.block_size - 1), torch.zeros(net.block_size - 1), torch.Generator().manual_seed(0)
     H = target.config.hidden_size
     for tokens, features, kind in texts.batches(random.Random(0), args.batch_tokens):
-        tokens, features, kind = tokens.to(args.device), features.to(args.device), kind.to(args.device)
         roots, after, inside = draw(net, kind, args.spacing, generator)
         row = torch.arange(len(tokens), device=args.device)[:, None, None]
         with torch.autocast(args.device.split(":")[0], torch.bfloat16):
@@ -133,7 +132,7 @@ def train(args) -> None:
     shards = sorted(data.glob("shard-*.safetensors"))
     if len(shards) < 2:
         raise SystemExit(f"error: {data} holds fewer than two shards of self-made text; run 'python tools/train_eagle3.py generate' first")
-    held, state_file = Texts(shards[:1], args.held_out), data / f"{args.name}.pt"
+    held, state_file = Texts(shards[:1], target, args.held_out), data / f"{args.name}.pt"
     state = torch.load(state_file, map_location=args.device, weights_only=True) if state_file.exists() else None
     for name, low, high in (("layers", 1, L - 1), ("block", 2, 64)):
         value = getattr(args, name)
@@ -158,9 +157,8 @@ def train(args) -> None:
     began = saved_at = time.time()
     start_seen = seen
     while seen < args.tokens:
-        texts = Texts(sorted(data.glob("shard-*.safetensors"))[1:])
+        texts = Texts(sorted(data.glob("shard-*.safetensors"))[1:], target)
         for tokens, features, kind in texts.batches(rng, args.batch_tokens):
-            tokens, features, kind = tokens.to(args.device), features.to(args.device), kind.to(args.device)
             roots, after, inside = draw(net, kind, args.spacing, generator)
             row = torch.arange(len(tokens), device=args.device)[:, None, None].expand_as(after)
             weight = fade.expand_as(inside)[inside]                                # [r]: the guesses inside the text

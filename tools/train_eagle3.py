@@ -1,11 +1,12 @@
 """Text to train an EAGLE-3 head on, written by any target that model.py loads. No download, no dataset.
 
     python tools/train_eagle3.py generate --tokens 4000000      # resumable: finished shards are kept and counted
+    python tools/train_eagle3.py generate --compose --length 1024 --tokens 5000000      # and 1M with long prompts
 
 The target samples a user turn from the open user slot of its chat template (seven in ten after a short opener that names a
-kind of task), the template's own tokens close it, and the target answers, greedily or at a temperature. Kept are the tokens
-and the outputs of four layers: the three that an EAGLE-3 head reads, and the last, from which the target's distribution
-follows. Nothing here reads a benchmark prompt.
+kind of task), the template's own tokens close it, and the target answers, greedily or at a temperature. Long prompts are composed
+of such answers. Kept are the tokens and, on a CPU, the outputs of four layers: the three that an EAGLE-3 head reads, and the last,
+from which the target's distribution follows. Nothing here reads a benchmark prompt.
 """
 
 import argparse
@@ -42,6 +43,11 @@ LONG = [                                                                        
     "Read the following passage and answer the question.\n\n", "Here are some documents. Use them to answer the question.\n\nDocument 1: ",
     "Reference texts:\n\n", "Background:\n", "Find the mistakes in this essay:\n\n",
 ]
+FORMS = [                                                                          # of composed prompts: start, between texts, question
+    ("Summarize the following article:\n\n", "\n\n", ""), ("Give a short summary of this text.\n\n", "\n\n", ""),
+    ("Answer the question from the context.\n\nContext: ", "\n\n", "\n\nQuestion: "),
+    ("Here are some documents. Use them to answer the question.\n\nDocument: ", "\n\nDocument: ", "\n\nQuestion: "),
+]
 FOREIGN = {"German": "Der Die Das Wir Ich Es Am Nach", "French": "Le La Les Nous Il En", "Spanish": "El La Los En Una", "Italian": "Il La In"}
 TRANSLATE = [form.format(language) + start for language, starts in FOREIGN.items() for start in starts.split() for form in
              ("Translate the following {} sentence into English:\n", "Translate {} to English: ", "Translate this {} text: ", "What does this mean in English? ")]
@@ -54,22 +60,18 @@ class RingCache(KVCache):
 
     slot = 0
 
+    def _hold(self, rows: torch.Tensor) -> None:
+        L, b, k, capacity, d = rows.shape
+        self.capacity, (self.keys, self.values) = capacity, rows.view(L, 2, b, k // 2, capacity, d).unbind(1)   # apart: each one block
+
+    def columns(self, r, n):
+        return n                                                                   # the mask is for all slots already
+
     def attend(self, layer, queries, rows, mask):
-        self.rows[layer, :, :, self.slot] = rows[:, :, 0]
+        for kept, new in zip((self.keys, self.values), rows[:, :, 0].chunk(2, dim=1)):
+            kept[layer, :, :, self.slot] = new
         scores = queries @ self.keys[layer].transpose(-1, -2) * queries.shape[-1]**-0.5 + mask
         return scores.softmax(-1) @ self.values[layer]      # on a CPU more than twice as fast here as the fused kernel
-
-
-class Row:
-    """One conversation being written: forced tokens first, then the user's turn, the template's closing, the answer."""
-
-    def __init__(self, rng, encode, prefix, greedy_share):
-        openers, lengths, _ = rng.choices(KINDS, [share for *_, share in KINDS])[0]
-        opener = encode(rng.choice(openers).rstrip(" "))
-        self.tokens, self.forced, self.answer_from = [], prefix + opener, None
-        self.user_temperature = rng.choice((0.7, 0.8, 0.9, 1.0))
-        self.answer_temperature = 0.0 if rng.random() < greedy_share else 0.7
-        self.prompt_limit = len(prefix) + len(opener) + rng.choice(lengths)
 
 
 def looping(tokens: list[int]) -> bool:
@@ -78,73 +80,144 @@ def looping(tokens: list[int]) -> bool:
     return len(grams) > 32 and len(set(grams)) < len(grams) / 3
 
 
+class Writer:
+    """Rows of conversations that a target writes side by side, each at its own place: given tokens first (the template and an opener),
+    then the user's turn, the template's closing, the answer. All of their state [b] lives on the target's device."""
+
+    def __init__(self, model: Model, words, args, taps: tuple[int, ...] = (), stock: list[tuple[list[int], int]] = ()):
+        """stock: conversations to compose prompts of, as `read_text` gives them; without, the target writes the user's turns too."""
+        before, after = words.render([{"role": "user", "content": "\uE000"}]).split("\uE000")
+        prefix, self.closing = words.encode_control(before), words.encode_control(after)
+        self.kinds = [([prefix + words.encode(opener.rstrip(" ")) for opener in openers], lengths, share) for openers, lengths, share in KINDS]
+        self.forms = [(prefix + words.encode(start), words.encode(between), question and words.encode(question)) for start, between, question in FORMS]
+        self.stock = [(tokens[len(prefix):start - len(self.closing)], tokens[start:-1]) for tokens, start in stock]
+        self.model, self.args, self.taps, self.rng = model, args, taps, random.Random(args.seed)
+        b, n, device = args.batch, args.length, model.device
+        self.cache = RingCache(model.config, n, model.dtype, device, b)
+        self.features = torch.zeros(b, n, len(taps) * model.config.hidden_size, dtype=torch.bfloat16, device=device)
+        self.text = torch.zeros(b, n, dtype=torch.int64, device=device)
+        zeros = lambda dtype=torch.int64: torch.zeros(b, dtype=dtype, device=device)
+        self.size, self.given = zeros(), zeros()                                     # tokens read; known without the target
+        self.limit = zeros()                                                         # longest prompt
+        self.answer_from, self.done = zeros(), zeros(torch.bool)                     # 0: the user's turn is still open
+        self.user_heat, self.answer_heat = zeros(torch.float32), zeros(torch.float32)
+        self.rows, self.ages = torch.arange(b, device=device), torch.arange(n, device=device)
+        self.closers = torch.tensor([*model.config.eos_token_ids, self.closing[0]], device=device)
+        self.noise = torch.Generator(device).manual_seed(args.seed)
+        self.begin(range(b))
+
+    def begin(self, rows) -> None:
+        """Start a new conversation in each of these rows."""
+        args, rng, columns = self.args, self.rng, []
+        for _ in rows:
+            if self.stock:
+                given, limit, answer_from = self.compose(), 0, True
+            else:
+                openers, lengths, _ = rng.choices(self.kinds, [share for *_, share in self.kinds])[0]
+                given, answer_from = rng.choice(openers), False
+                limit = min(len(given) + rng.choice(lengths), args.length - len(self.closing) - 16)
+            columns.append((given, len(given), len(given) * answer_from, limit, rng.choice((0.7, 0.8, 0.9, 1.0)), 0.0 if rng.random() < args.greedy_share else 0.7))
+        text, *values = zip(*columns)
+        device, rows = self.text.device, torch.tensor(list(rows), device=self.text.device)
+        width = max(map(len, text))
+        self.text[rows, :width] = torch.tensor([given + [0] * (width - len(given)) for given in text], device=device)
+        for state, value in zip((self.given, self.answer_from, self.limit, self.user_heat, self.answer_heat), values):
+            state[rows] = torch.tensor(value, dtype=state.dtype, device=device)
+        for state in (self.size, self.done):
+            state[rows] = 0
+
+    def compose(self) -> list[int]:
+        """A long prompt out of answers in stock: an article, or documents and the question that one of them answers."""
+        rng, text = self.rng, []
+        start, between, question = rng.choice(self.forms)
+        longest = self.args.length * rng.choice((3, 4, 5, 6)) // 8
+        asked, answer = rng.choice(self.stock)
+        answers, size = [answer], len(answer)
+        while size < longest:
+            answers.append(rng.choice(self.stock)[1])
+            size += len(answers[-1])
+        rng.shuffle(answers)
+        for answer in answers:
+            text += between + answer
+        text = start + text[len(between):][:longest] + (question + asked if question else [])
+        return text[:self.args.length - len(self.closing) - 16] + self.closing
+
+    def step(self) -> None:
+        """Every row reads its next token and, where none is given, gets one more."""
+        n, rows, size, closing = self.args.length, self.rows, self.size, torch.tensor(self.closing, device=self.text.device)
+        read = self.text[rows, size]
+        mask = ((self.cache.slot - self.ages) % n)[None] <= size[:, None]                            # [b, n]
+        logits, tapped = self.model(read[:, None], size[:, None], self.cache, mask[:, None], taps=self.taps)
+        self.cache.slot = (self.cache.slot + 1) % n
+        if self.taps:
+            self.features[rows, size] = tapped[:, 0].to(torch.bfloat16)
+        logits, answering = logits[:, 0], self.answer_from > 0
+        drawn = logits.max(-1).indices
+        heat = torch.where(answering, self.answer_heat, self.user_heat) * (size + 1 >= self.given)
+        hot = heat.nonzero()[:, 0]                                                                   # noise is dear on a CPU: only where used
+        sums = (logits[hot].float() / heat[hot, None]).softmax(-1).cumsum(-1)
+        noise = torch.rand(len(hot), 1, generator=self.noise, device=size.device)
+        drawn[hot] = torch.searchsorted(sums, noise * sums[:, -1:]).clamp_max(logits.shape[-1] - 1)[:, 0]
+        size = self.size = size + ~self.done
+        ended = (size > self.answer_from) & torch.isin(read, self.closers[:-1]) | (size - self.answer_from >= self.args.answer_length)
+        self.done = self.done | answering & ended | (size >= n - 1)
+        new = (size >= self.given) & ~self.done
+        closed = new & ~answering & (torch.isin(drawn, self.closers) | (size >= self.limit))
+        self.text[rows, size] = torch.where(new, drawn, self.text[rows, size])
+        spots = rows[:, None], (size[:, None] + torch.arange(len(closing), device=size.device)).clamp_max(n - 1)
+        self.text[spots] = torch.where(closed[:, None], closing, self.text[spots])
+        self.given = torch.where(closed, size + len(closing), self.given)
+        self.answer_from = torch.where(closed, self.given, self.answer_from)
+
+    def finished(self) -> list[tuple]:
+        """The conversations that are done and worth keeping, as `write_shard` takes them; their rows begin anew."""
+        ready = self.done.nonzero()[:, 0]
+        if not len(ready):
+            return []
+        kept, texts = [], self.text[ready].int().cpu()
+        for row, text, size, start in zip(ready.tolist(), texts, self.size[ready].tolist(), self.answer_from[ready].tolist()):
+            if start and size - start >= 8 and not looping(text[start:size].tolist()):
+                kept.append((text[:size], start, self.features[row, :size].to("cpu", copy=True) if self.taps else None))
+        self.begin(ready.tolist())
+        return kept
+
+
+@torch.inference_mode()
 def generate(args) -> None:
     from run import Text
     folder, data = model_folder(args), data_folder(args)
     data.mkdir(parents=True, exist_ok=True)
-    model = load_model(folder, dtype=args.dtype, device=args.device, pack=False)
-    words = Text(folder)
-    before, after = words.render([{"role": "user", "content": "\uE000"}]).split("\uE000")
-    prefix, closing = words.encode_control(before), words.encode_control(after)
-    eos, encode = set(model.config.eos_token_ids), words.encode
-    layers = model.config.num_hidden_layers
-    taps = (1, layers // 2 - 1, layers - 4, layers - 1)
     done = sorted(data.glob("shard-*.safetensors"))
     have = sum(shard_tokens(p) for p in done)
     number = int(done[-1].stem.split("-")[1]) + 1 if done else 0
-    rng = random.Random(args.seed + number)
-    noise = torch.Generator(model.device).manual_seed(args.seed + number)
-    b, ring = args.batch, args.length
-    cache = RingCache(model.config, ring, model.dtype, model.device, b)
-    rows = [Row(rng, encode, prefix, args.greedy_share) for _ in range(b)]
-    features = torch.zeros(b, ring, len(taps) * model.config.hidden_size, dtype=torch.bfloat16)
-    ages = torch.arange(ring, device=model.device)
-    finished, held, began, made, current = [], 0, time.time(), 0, [prefix[0]] * b
-    for row in rows:
-        row.forced = row.forced[1:]
+    args.seed += number
+    model = load_model(folder, dtype=args.dtype, device=args.device, pack=False)
+    stock = [text for path in done[1:] for text in read_text(path)] if args.compose else []
+    writer = Writer(model, Text(folder), args, four_taps(model) if stores_features(args) else (), stock)
+    kept, began, made, steps = [], time.time(), 0, 0
     while have < args.tokens:
-        age = torch.tensor([len(row.tokens) for row in rows], device=model.device)                   # [b] tokens before this one
-        mask = ((cache.slot - ages) % ring)[None] <= age[:, None]                                   # [b, ring]
-        with torch.inference_mode():
-            logits, tapped = model(torch.tensor(current, device=model.device)[:, None], age[:, None], cache, mask[:, None], taps=taps)
-            features[torch.arange(b), age.cpu()] = tapped[:, 0].to("cpu", torch.bfloat16)
-            best = logits[:, 0].max(-1).indices.tolist()
-            heat = [0.0 if r.forced else r.user_temperature if r.answer_from is None else r.answer_temperature for r in rows]
-            hot = [i for i, temperature in enumerate(heat) if temperature]        # noise is dear on a CPU: only where used
-            scaled = logits[hot, 0].float() / torch.tensor(heat, device=model.device)[hot, None]
-            sums = scaled.softmax(-1).cumsum(-1)
-            drawn = torch.searchsorted(sums, torch.rand(len(hot), 1, generator=noise, device=model.device) * sums[:, -1:])
-            for i, token in zip(hot, drawn.clamp_max(logits.shape[-1] - 1)[:, 0].tolist()):
-                best[i] = token
-        cache.slot = (cache.slot + 1) % ring
-        for i, row in enumerate(rows):
-            row.tokens.append(current[i])
-            size = len(row.tokens)
-            if row.forced:
-                current[i] = row.forced.pop(0)
-                continue
-            if row.answer_from is None:
-                current[i] = best[i]
-                if current[i] == closing[0] or current[i] in eos or size >= row.prompt_limit:
-                    current[i], row.forced, row.answer_from = closing[0], closing[1:], size + len(closing)
-                if ring - size > len(closing) + 8:
-                    continue
-            else:
-                current[i] = best[i]
-                if row.tokens[-1] not in eos or size <= row.answer_from:
-                    if size < ring - 1 and size - row.answer_from < args.answer_length:
-                        continue
-            if row.answer_from and size - row.answer_from >= 8 and not looping(row.tokens[row.answer_from:]):
-                finished.append((torch.tensor(row.tokens, dtype=torch.int32), row.answer_from, features[i, :size].clone()))
-                held += size
-                made += size
-            rows[i] = Row(rng, encode, prefix, args.greedy_share)
-            current[i] = rows[i].forced.pop(0)
+        writer.step()
+        steps += 1
+        if steps % 8:                                                              # looking waits for the device
+            continue
+        kept += writer.finished()
+        held = sum(len(tokens) for tokens, _, _ in kept)
         if held >= args.shard_tokens:
             path = data / f"shard-{number:05d}.safetensors"
-            write_shard(path, finished)
-            have, number, held, finished = have + held, number + 1, 0, []
+            write_shard(path, kept)
+            have, made, number, kept = have + held, made + held, number + 1, []
             print(f"{path.name}: {have:,} of {args.tokens:,} tokens, {made / (time.time() - began):.0f} tokens/s", flush=True)
+
+
+def stores_features(args) -> bool:
+    """On a CPU features are kept on disk; a GPU computes them again faster than they could be moved."""
+    return torch.device(args.device).type == "cpu"
+
+
+def four_taps(target: Model) -> tuple[int, ...]:
+    """The outputs that a head reads, and the last."""
+    layers = target.config.num_hidden_layers
+    return 1, layers // 2 - 1, layers - 4, layers - 1
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -190,40 +263,51 @@ def chain(head: Eagle3, tokens, features, steps: int):
 
 
 class Texts:
-    """The conversations of some shards, read from disk as they are needed."""
+    """The conversations of some shards: tokens in memory, features from disk where they are there, else from the target."""
 
-    def __init__(self, shards: list[Path], most: int = 2**31):
-        self.entries = []                                                          # (file, start, length, start of the answer)
+    def __init__(self, shards: list[Path], target: Model, most: int = 2**31):
+        self.target, self.entries, tokens, base = target, [], [], 0
         for path in shards:
             file, at = safe_open(path, "pt"), 0
+            stored = file if "features" in file.keys() else None
+            tokens.append(file.get_tensor("tokens"))
             for size, answer_from in file.get_tensor("lengths").tolist():
-                self.entries.append((file, at, size, answer_from))
+                self.entries.append((base + at, size, answer_from, stored, at))
                 at += size
+            base += at
         self.entries = self.entries[::max(1, len(self.entries) // most)]     # spread out: short conversations are finished first
-        self.tokens = sum(entry[2] for entry in self.entries)
+        self.tokens, self.text = sum(entry[1] for entry in self.entries), torch.cat(tokens).to(target.device)
 
     def batches(self, rng: random.Random, size: int):
-        """One pass in random order; a batch holds conversations of similar length, about `size` tokens with padding. Yields
-        tokens [b, n] int64, features [b, n, 4H] and answer [b, n], True where a token of the answer is predicted."""
-        order = sorted(self.entries, key=lambda entry: entry[2] + rng.uniform(0, 20))
-        batches, batch = [], []
+        """One pass in random order; a batch holds conversations of similar length, about `size` tokens with padding. Yields, on the
+        target's device, tokens [b, n] int64, features [b, n, 4H] and kind [b, n]: 0 padding, 1 the user's turn, 2 where a token of the
+        answer is predicted."""
+        order = sorted(self.entries, key=lambda entry: entry[1] + rng.uniform(0, 20))
+        batches, batch, longest = [], [], 0
         for entry in order:
-            if batch and (len(batch) + 1) * max(e[2] for e in [*batch, entry]) > size:
+            longest = max(longest, entry[1])
+            if batch and (len(batch) + 1) * longest > size:
                 batches.append(batch)
-                batch = []
+                batch, longest = [], entry[1]
             batch.append(entry)
         batches.append(batch)
         rng.shuffle(batches)
         for batch in batches:
-            n = max(entry[2] for entry in batch)
-            tokens, answer, features = torch.zeros(len(batch), n, dtype=torch.int64), torch.zeros(len(batch), n, dtype=torch.int8), None
-            for row, (file, at, length, answer_from) in enumerate(batch):
-                piece = file.get_slice("features")[at:at + length]
-                features = torch.zeros(len(batch), n, piece.shape[1], dtype=piece.dtype) if features is None else features
-                features[row, :length] = piece
-                tokens[row, :length] = file.get_slice("tokens")[at:at + length].long()
-                answer[row, :answer_from - 1], answer[row, answer_from - 1:length] = 1, 2
-            yield tokens, features, answer                                          # answer: 0 padding, 1 the user's turn, 2 the answer
+            start, length, answer_from = torch.tensor([entry[:3] for entry in batch], device=self.text.device).T[..., None]   # each [b, 1]
+            at = torch.arange(int(length.max()), device=self.text.device)
+            inside = at < length
+            tokens = self.text[(start + at).clamp_max(len(self.text) - 1)].long() * inside
+            yield tokens, self.features(tokens, batch), torch.where(at < answer_from - 1, 1, 2) * inside
+
+    @torch.no_grad()
+    def features(self, tokens: torch.Tensor, batch: list[tuple]) -> torch.Tensor:
+        if any(file is None for *_, file, _ in batch):
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
+            return self.target(tokens, positions, NoCache(), taps=four_taps(self.target), last_only=True)[1]      # padding comes last
+        features = torch.zeros(*tokens.shape, 4 * self.target.config.hidden_size, dtype=torch.bfloat16)
+        for row, (_, size, _, file, at) in enumerate(batch):
+            features[row, :size] = file.get_slice("features")[at:at + size]
+        return features.to(tokens.device)
 
 
 def new_head(target: Model, d2t: torch.Tensor) -> Eagle3:
@@ -232,7 +316,7 @@ def new_head(target: Model, d2t: torch.Tensor) -> Eagle3:
     config = replace(target.config, num_hidden_layers=1, draft_vocab_size=len(d2t), target_hidden_size=H, qk_norm=False,
                      architecture="LlamaForCausalLMEagle3", tie_word_embeddings=False)
     head = Eagle3(config, (1, layers // 2 - 1, layers - 4))
-    head.embed_tokens, head.d2t = target.embed_tokens, d2t
+    head.embed_tokens, head.d2t = None, d2t                                        # shared with the target, whose dtype it keeps
     source = target.layers[layers - 2]
     with torch.no_grad():
         head.fc.weight.normal_(std=0.3 * (3 * H)**-0.5)
@@ -273,10 +357,9 @@ def validate(head: Eagle3, texts: Texts, target: Model, args, steps: int = 6) ->
     """On held-out answers: how often the target's choice is the head's first, or among its first 8, in each chained step."""
     top = torch.zeros(2, steps)
     count = 0
-    for tokens, features, answer in texts.batches(random.Random(0), args.batch_tokens):
-        tokens, features, kind = tokens.to(args.device), features.to(args.device), answer.to(args.device)[:, 1:]
-        H = target.config.hidden_size
-        best = target.lm_head(target.norm(features[:, 1:, 3 * H:].to(target.dtype))).argmax(-1)   # after position i + 1
+    for tokens, features, kind in texts.batches(random.Random(0), args.batch_tokens):
+        H, kind = target.config.hidden_size, kind[:, 1:]
+        best = F.linear(target.norm(features[:, 1:, 3 * H:].float()), target.lm_head.weight.float()).argmax(-1)   # after position i + 1
         count += int((kind == 2)[:, steps:].sum())
         with torch.autocast(args.device.split(":")[0], torch.bfloat16):
             for step, logits in enumerate(chain(head, tokens[:, 1:], features[:, :-1, :3 * H], steps)):
@@ -326,7 +409,7 @@ def train(args) -> None:
     shards = sorted(data.glob("shard-*.safetensors"))
     if len(shards) < 2:
         raise SystemExit("error: fewer than two shards of self-made text; run the command 'generate' first")
-    held, state_file = Texts(shards[:1], args.held_out), data / f"{args.name}.pt"
+    held, state_file = Texts(shards[:1], target, args.held_out), data / f"{args.name}.pt"
     state = torch.load(state_file, map_location=args.device, weights_only=True) if state_file.exists() else None
     start = load_eagle3(args.start, target, pack=False).state_dict() if args.start and not state else None
     if state:
@@ -340,7 +423,7 @@ def train(args) -> None:
         d2t = (chosen - torch.arange(len(chosen))).to(args.device)
     head = new_head(target, d2t).to(args.device).float()
     head.embed_tokens = target.embed_tokens.requires_grad_(False)
-    rows = target.lm_head.weight[torch.arange(len(d2t), device=d2t.device) + d2t]
+    rows = target.lm_head.weight[torch.arange(len(d2t), device=d2t.device) + d2t].float()
     matrices = [p for name, p in head.named_parameters() if p.dim() == 2 and "lm_head" not in name and "embed" not in name]
     others = [p for name, p in head.named_parameters() if "embed" not in name and all(p is not m for m in matrices)]
     optimizers = new_optimizers(matrices, others, args.lr)
@@ -367,13 +450,12 @@ def train(args) -> None:
             torch.save({"head": keep, "optimizers": [o.state_dict() for o in optimizers], "seen": seen, "updates": updates, "history": history}, file)
 
     while seen < args.tokens:
-        texts = Texts(sorted(data.glob("shard-*.safetensors"))[1:])                  # what `generate` has added meanwhile counts
-        for tokens, features, answer in texts.batches(rng, args.batch_tokens):
-            tokens, features, kind = tokens.to(args.device), features.to(args.device), answer.to(args.device)[:, 1:]
-            weight = torch.tensor((0.0, args.user_weight, 1.0), device=args.device)[kind.long()]      # [b, n - 1]
+        texts = Texts(sorted(data.glob("shard-*.safetensors"))[1:], target)          # what `generate` has added meanwhile counts
+        for tokens, features, kind in texts.batches(rng, args.batch_tokens):
+            kind = kind[:, 1:]
+            weight = torch.tensor((0.0, args.user_weight, 1.0), device=args.device)[kind]             # [b, n - 1]
             with torch.no_grad():
-                last = target.norm(features[:, 1:, 3 * H:].to(target.dtype))
-                wanted = F.linear(last, rows).float().softmax(-1)                                     # [b, n - 1, draft V]
+                wanted = F.linear(target.norm(features[:, 1:, 3 * H:].float()), rows).softmax(-1)     # [b, n - 1, draft V]
             loss, share = 0.0, 0.0
             with torch.autocast(args.device.split(":")[0], torch.bfloat16):
                 steps = rng.randint(1, args.steps)                               # more text for the same work than all steps every time
@@ -413,20 +495,21 @@ def text(args) -> None:
         return
     target = load_model(model_folder(args), dtype=args.dtype, device=args.device, pack=False)
     data.mkdir(parents=True, exist_ok=True)
-    texts, layers = read_text(Path(args.file)), target.config.num_hidden_layers
+    texts = read_text(Path(args.file))
     shards = -(-len(texts) // SHARD)
     for number in range(shards):
         part, path = texts[number * SHARD:(number + 1) * SHARD], data / f"shard-{number:05d}.safetensors"
         if path.exists():
             continue
-        features = []
+        found = []
         with torch.inference_mode():
-            for tokens, _ in part:
-                ids = torch.tensor([tokens], device=target.device)
-                positions = torch.arange(len(tokens), device=target.device)[None]
-                features.append(target(ids, positions, target.new_cache(len(tokens)), taps=(1, layers // 2 - 1, layers - 4, layers - 1),
-                                       last_only=True)[1][0].to("cpu", torch.bfloat16))
-        write_shard(path, [(torch.tensor(tokens, dtype=torch.int32), answer_from, f) for (tokens, answer_from), f in zip(part, features)])
+            for tokens, answer_from in part:
+                ids, features = torch.tensor([tokens], device=target.device), None
+                if stores_features(args):
+                    positions = torch.arange(len(tokens), device=target.device)[None]
+                    features = target(ids, positions, target.new_cache(len(tokens)), taps=four_taps(target), last_only=True)[1][0].to(torch.bfloat16)
+                found.append((ids[0].int().cpu(), answer_from, features))
+        write_shard(path, found)
         print(f"\r{number + 1} of {shards} shards", end="", flush=True)
     print()
 
@@ -442,11 +525,12 @@ def read_text(path: Path) -> list[tuple[list[int], int]]:
 
 
 def write_shard(path: Path, conversations: list) -> None:
-    """conversations: (tokens [n] int32, where the answer starts, features [n, 4H]). Whole or not at all."""
-    size = sum(len(t) for t, _, _ in conversations)
-    save_file({"tokens": torch.cat([t for t, _, _ in conversations]), "features": torch.cat([f for _, _, f in conversations]),
-               "lengths": torch.tensor([[len(t), a] for t, a, _ in conversations], dtype=torch.int32)},
-              path.with_name("partial"), metadata={"tokens": str(size)})
+    """conversations: (tokens [n] int32, where the answer starts, features [n, 4H] or None). Whole or not at all."""
+    tokens, starts, features = zip(*conversations)
+    tensors = {"tokens": torch.cat(tokens), "lengths": torch.tensor([[len(t), a] for t, a in zip(tokens, starts)], dtype=torch.int32)}
+    if features[0] is not None:
+        tensors["features"] = torch.cat(features)
+    save_file(tensors, path.with_name("partial"), metadata={"tokens": str(len(tensors["tokens"]))})
     path.with_name("partial").rename(path)
 
 
@@ -476,6 +560,7 @@ def main() -> None:
     make.add_argument("--batch", type=int, default=256)
     make.add_argument("--length", type=int, default=512, help="longest conversation, in tokens")
     make.add_argument("--answer-length", type=int, default=200)
+    make.add_argument("--compose", action="store_true", help="make long prompts, up to three quarters of --length, of the answers that are there")
     make.add_argument("--greedy-share", type=float, default=0.8, help="share of the answers decoded greedily; the rest at temperature 0.7")
     make.add_argument("--shard-tokens", type=int, default=100_000)
     words = commands.add_parser("text", help="write the text alone into one small file, or make shards from it")
