@@ -103,7 +103,7 @@ def measure(setup: run.Setup, length: int, repeats: int) -> tuple[list[float], f
 
 def bandwidth(device) -> float:
     """GB/s that a large float32 sum reaches."""
-    block = torch.ones(100_000_000, device=device)
+    block = torch.ones(1_000_000_000 if torch.device(device).type == "cuda" else 100_000_000, device=device)   # milliseconds, beside any launch
     return block.numel() * block.element_size() / median_ms({"sum": lambda: block.sum().item()}, 7)["sum"] / 1e6
 
 
@@ -151,7 +151,7 @@ def record(setup: run.Setup, prompts: list[list[int]], new: int, trust: tuple[fl
             logits, tapped = setup.model(ids, positions, state.cache, taps=drafter.taps if drafter else ())
             state.cache.commit(list(range(len(text) - start)))
             features.append(tapped)
-            rows.append((text[start:], logits[0].topk(k, dim=-1).indices.int()))
+            rows.append((text[start:], logits[0].topk(k, dim=-1).indices.int().cpu()))
             text.append(int(logits[0, -1].argmax()))
         state.ngrams.append([-1, *prompt])
         state.adjacency.rows[torch.tensor(rows[0][0])] = rows[0][1]
