@@ -244,7 +244,7 @@ class KVCache:
     rows behind them, and `commit` says which of those stay."""
 
     STEP = 512   # rows by which a cache grows, so that a long generation copies it rarely and its size is round
-    spare: list[tuple[Tensor, dict]] | None = None   # where graphs are in use: storage that the network's former caches left, and its graphs
+    spare: list[tuple[Tensor, dict]] | None = None   # with graphs: storage that former caches of the network left, and what is bound to it
 
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device, batch: int = 1):
         self._hold(torch.zeros(config.num_hidden_layers, batch, 2 * config.num_key_value_heads, capacity, config.head_dim, dtype=dtype, device=device))
@@ -383,7 +383,8 @@ class Graph:
     def __init__(self, network: "_Decoder", inputs: tuple[Tensor, ...], cache: StaticCache, options: dict):
         self.network, self.cache, self.graph = network, cache, None
         self.inputs = [torch.zeros(1, len(cache.rows), *x.shape[2:], dtype=x.dtype, device=x.device) for x in inputs]
-        self.forward = lambda: type(network).forward(network, *self.inputs, cache, cache.seen, **options)   # the class's: tools put clocks around ours
+        forward = type(network).forward                                            # not the instance's: tools put clocks around it
+        self.forward = lambda: forward(network, *self.inputs, cache, cache.seen, **options)
 
     def __call__(self, inputs: tuple[Tensor, ...], length: int, mask: Tensor | None) -> tuple[Tensor, ...]:
         """Outputs [1, n, ...], which the next call overwrites."""
