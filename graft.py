@@ -356,7 +356,7 @@ class State:
         self.drafter = drafter
         if hasattr(drafter, "share"):                  # one that drafts with the target's own layers uses its cache
             drafter.share(self.cache)
-        self.adjacency = adjacency or AdjacencyMatrix(model.config.vocab_size, device=model.device)
+        self.adjacency = adjacency or AdjacencyMatrix(model.config.vocab_size)
         self.ngrams = ngrams or NGramIndex()
 
     def rewind(self, prompt: list[int]) -> None:
@@ -582,7 +582,7 @@ def update(sequence: Sequence, tree: Tree, path: list[int], picks: list[int], lo
         state.tokens += read
         state.ngrams.append(read[1:] + [picks[path[-1]]])
         if sequence.method.retrieve:
-            state.adjacency.update(torch.tensor(tree.tokens, device=logits.device), logits)
+            state.adjacency.update(torch.tensor(tree.tokens), logits)
     if sequence.drafter:
         with sequence.stats.clock("draft"):
             features = features[:, path] if features is not None else None

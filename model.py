@@ -244,19 +244,40 @@ class KVCache:
     rows behind them, and `commit` says which of those stay."""
 
     STEP = 512   # rows by which a cache grows, so that a long generation copies it rarely and its size is round
+    spare: list[tuple[Tensor, dict]] | None = None   # with graphs: storage that former caches of the network left, and what is bound to it
 
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device, batch: int = 1):
         self._hold(torch.zeros(config.num_hidden_layers, batch, 2 * config.num_key_value_heads, capacity, config.head_dim, dtype=dtype, device=device))
         self.length = 0
 
-    def _hold(self, rows: Tensor) -> None:
+    def _hold(self, rows: Tensor, graphs: dict | None = None) -> None:
         self.rows, self.layers, self.capacity = rows, rows.unbind(0), rows.shape[3]    # unbind: indexing a layer once, not in every forward
         self.keys, self.values = rows.chunk(2, dim=2)
+        self.graphs = {} if graphs is None else graphs                                 # bound to these very rows
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` rows or some more, keeping what is there."""
-        if capacity > self.capacity:
+        if capacity > self.capacity and self.spare is None:
             self._hold(F.pad(self.rows, (0, 0, 0, -(-capacity // self.STEP) * self.STEP - self.capacity)))
+        elif capacity > self.capacity:
+            old, held, shape, size = self.rows, self.capacity, list(self.rows.shape), roomy(capacity, 4 * self.STEP)
+            fitting = [i for i, (rows, _) in enumerate(self.spare) if rows.shape[3] == size]
+            if fitting:
+                storage = self.spare.pop(max(fitting, key=lambda i: len(self.spare[i][1])))
+            else:
+                with torch.inference_mode(False):                                      # to be written to in any mode
+                    storage = old.new_zeros(*shape[:3], size, shape[4]), {}
+            self._leave()
+            self._hold(*storage)
+            self.rows[:, :, :, held:].zero_()                                          # what is masked must still be finite
+            self.rows[:, :, :, :held] = old
+
+    def _leave(self) -> None:
+        """Storage goes to the next cache, so that a new text finds the graphs of the last one."""
+        if self.spare is not None and len(self.spare) < 8 and self.capacity and self.capacity == roomy(self.capacity, 4 * self.STEP):
+            self.spare.append((self.rows, self.graphs))
+
+    __del__ = _leave
 
     def drop(self, count: int) -> None:
         """Forget the first `count` committed rows; the others move to the front."""
@@ -320,6 +341,86 @@ class PackedCache:
         return torch.cat(out, dim=3).flatten(2, 3)
 
 
+# ------------------------------------------------------------------------------------------------------------- graphs
+
+BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)   # tokens of a forward over fixed buffers; fewer are padded
+CAUSAL = 16                                               # most tokens of one without a mask: more are a prompt's
+
+
+def roomy(rows: int, least: int) -> int:
+    """`rows` rounded up to one of few sizes: powers of two, from 8192 on its multiples."""
+    return max(least, 1 << (rows - 1).bit_length() if rows <= 8192 else -(-rows // 8192) * 8192)
+
+
+class StaticCache:
+    """The first m rows of a KVCache, for forwards of n tokens whose place is in tensors, so that a CUDA graph can find it there."""
+
+    def __init__(self, cache: KVCache, n: int, m: int, w: int):
+        self.layers, device = [layer.narrow(2, 0, m) for layer in cache.layers], cache.rows.device
+        self.length, self.start = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        self.seen = torch.ones(n, w + 1, dtype=torch.bool, device=device) if w else None   # what a token sees from column `start` on
+        self.rows, self.columns = torch.arange(n, device=device), torch.arange(m, device=device)
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """[n, m]: 0 where a token attends, -inf elsewhere. Every row attends to something, the padded ones too."""
+        self.index = self.length + self.rows                                       # the rows that are written
+        if self.seen is None:
+            allowed = self.columns <= self.index[:, None]
+        else:
+            allowed = self.seen.index_select(1, (self.columns - self.start).clamp(0, self.seen.shape[1] - 1)) | (self.columns < self.start)
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
+
+    def attend(self, layer: int, queries: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
+        keys, values = self.layers[layer].index_copy_(2, self.index, rows).chunk(2, dim=1)
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+
+
+class Graph:
+    """A network's forward over fixed buffers, for n tokens or fewer: on CUDA it is captured once, then replayed in one launch.
+
+    A padded row computes from what was last in its buffers; it is written behind the real ones, where nobody looks."""
+
+    def __init__(self, network: "_Decoder", inputs: tuple[Tensor, ...], cache: StaticCache, options: dict):
+        self.network, self.cache, self.graph = network, cache, None
+        self.inputs = [torch.zeros(1, len(cache.rows), *x.shape[2:], dtype=x.dtype, device=x.device) for x in inputs]
+        forward = type(network).forward                                            # not the instance's: tools put clocks around it
+        self.forward = lambda: forward(network, *self.inputs, cache, cache.seen, **options)
+
+    def __call__(self, inputs: tuple[Tensor, ...], length: int, mask: Tensor | None) -> tuple[Tensor, ...]:
+        """Outputs [1, n, ...], which the next call overwrites."""
+        cache, n = self.cache, inputs[0].shape[1]
+        for buffer, x in zip(self.inputs, inputs):
+            buffer[:, :n] = x
+        cache.length.fill_(length)
+        if mask is not None:
+            w = mask.shape[1]
+            cache.start.fill_(length + n - w)
+            cache.seen[:n, w:] = False
+            cache.seen[:n, :w] = mask
+        if self.inputs[0].device.type != "cuda":
+            return self.forward()
+        if self.graph is None:
+            self.capture()
+        self.graph.replay()
+        return self.outputs
+
+    def capture(self) -> None:
+        """Once eagerly on the stream of the capture, which sets up kernels and workspaces, then recorded. All graphs of a network share
+        their memory: they run one after the other."""
+        network, device = self.network, self.inputs[0].device
+        with torch.cuda.device(device):
+            if network.graph_pool is None:
+                network.graph_pool, network.graph_stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            network.graph_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(network.graph_stream):
+                self.forward()
+            torch.cuda.current_stream().wait_stream(network.graph_stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=network.graph_pool, stream=network.graph_stream, capture_error_mode="thread_local"):
+                self.outputs = self.forward()
+        self.graph = graph
+
+
 # ------------------------------------------------------------------------------------------------------------- layers
 
 class Part(nn.Module):
@@ -359,9 +460,11 @@ class RMSNorm(Part):
         self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer norm of (x, -x), whose mean is 0 and whose variance is the mean of x squared: on a CPU one fused kernel
-        instead of eight small ones, and in bfloat16 rounded exactly as in transformers."""
+        """On a CPU the layer norm of (x, -x), whose mean is 0 and whose variance is the mean of x squared: one fused kernel instead
+        of eight small ones, and in bfloat16 rounded exactly as in transformers. On CUDA the fused kernel, which rounds once less."""
         size = x.shape[-1]
+        if x.is_cuda and x.dtype == self.weight.dtype:
+            return F.rms_norm(x, (size,), self.weight, self.eps)
         return torch.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=self.eps).narrow(-1, 0, size) * self.weight
 
 
@@ -421,12 +524,28 @@ class MoE(Part):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * I, H))
         self.down_proj = nn.Parameter(torch.empty(experts, H, I))
 
+    def grouped(self) -> bool:
+        """Whether all experts run in one launch each way, which nothing has to wait for: F.grouped_mm's terms."""
+        weight = self.down_proj
+        return weight.is_cuda and weight.dtype == torch.bfloat16 and hasattr(F, "grouped_mm") and weight.shape[1] % 8 == weight.shape[2] % 8 == 0
+
+    def run_grouped(self, rows: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """rows [r, H], weights and chosen [r, top_k] -> [r, H]: the pairs of row and expert, sorted by expert."""
+        experts, order = chosen.flatten().sort()                                   # [r * top_k]
+        ends = torch.searchsorted(experts, torch.arange(len(self.down_proj), device=experts.device), right=True, out_int32=True)
+        gate, up = F.grouped_mm(rows[order // self.top_k], self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        out = F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
+        out = torch.empty_like(out).index_copy_(0, order, out).view(*chosen.shape, -1)   # in the rows' order again [r, top_k, H]
+        return (weights[:, None] @ out)[:, 0]                                      # no atomic adds: the same sum every time
+
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])                                          # [b*n, H]
         probs = self.gate(rows).softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
         weights, chosen = probs.topk(self.top_k, dim=-1)                           # [b*n, top_k]
         if self.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
+        if self.grouped():
+            return self.run_grouped(rows, weights.to(x.dtype), chosen).view_as(x)
         weights, out = weights.to(x.dtype), torch.zeros_like(rows)
         for expert in chosen.unique().tolist():
             row, slot = (chosen == expert).nonzero(as_tuple=True)
@@ -451,11 +570,18 @@ class Layer(Part):
 
 
 class _Decoder(nn.Module):
-    """What the target and the head share: rotary tables and the shape of the mask."""
+    """What the target and the head share: rotary tables, the shape of the mask, and forwards over fixed buffers.
+
+    graphs: whether short forwards under inference_mode run as CUDA graphs; None: yes on CUDA. True on a CPU runs the same buffers
+    uncaptured, for tests. Caches must come from `new_cache` after it is set."""
+
+    graphs: bool | None = None
+    graph_pool = graph_stream = None
+    captured = 0                                                                   # graphs made so far
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        self.config, self.spare = config, []
         with torch.device("cpu"):
             inverse, self.rope_factor = rope_frequencies(config.rope, config.head_dim)
         self.register_buffer("inverse", inverse, persistent=False)
@@ -472,6 +598,8 @@ class _Decoder(nn.Module):
     def group(self, mask: Tensor | list | None, n: int, cache: KVCache | PackedCache, dtype: torch.dtype) -> Tensor | list | None:
         """A mask [n, w] or [b, n, w] (True = attend; None = causal) as `attention` reads it, made once a forward: [b, 1, g*n, w or
         all columns]."""
+        if isinstance(cache, StaticCache):
+            return cache.mask(dtype).repeat(self.config.num_attention_heads // self.config.num_key_value_heads, 1)[None, None]
         if isinstance(cache, PackedCache):
             return [self.group(own, size, part, dtype) for own, size, part in zip(mask, cache.sizes, cache.caches)]
         g, m = self.config.num_attention_heads // self.config.num_key_value_heads, cache.length + n
@@ -488,6 +616,32 @@ class _Decoder(nn.Module):
         elif mask.shape[-1] < m and not by_products(g * n, m, mask.device, dtype):
             mask = F.pad(mask, (m - mask.shape[-1], 0))
         return mask[:, None].repeat(1, 1, g, 1)
+
+    def graphed(self, tokens: Tensor, cache, mask: Tensor | None) -> bool:
+        """Whether a forward goes over fixed buffers: one text, few tokens, its own cache, and no layer that has to wait for numbers."""
+        return (type(cache) is KVCache and cache.spare is not None and self.graphs is not False and tokens.shape[0] == 1
+                and tokens.shape[1] <= (CAUSAL if mask is None else BUCKETS[-1]) and (mask is None or mask.dim() == 2)
+                and torch.is_inference_mode_enabled()
+                and not (self.config.moe_layers and tokens.is_cuda and any(isinstance(m, MoE) and not m.grouped() for m in self.modules())))
+
+    def replay(self, inputs: tuple[Tensor, ...], cache: KVCache, mask: Tensor | None, **options) -> list[Tensor | None]:
+        """What `forward` returns for all of its tokens, by a graph that is bound to the storage of `cache`, made where there is none."""
+        n = inputs[0].shape[1]
+        padded = next(size for size in BUCKETS if size >= n)
+        cache.reserve(cache.length + padded)
+        m, w = min(cache.capacity, roomy(cache.length + padded, KVCache.STEP)), 0 if mask is None else -(-mask.shape[1] // 128) * 128
+        key = (id(self), padded, m, w, *options.values())
+        if key not in cache.graphs:
+            cache.graphs[key] = Graph(self, inputs, StaticCache(cache, padded, m, w), options)
+            self.captured += 1
+        outputs = cache.graphs[key](inputs, cache.length, mask)
+        return [None if out is None else out[:, :n].clone() for out in outputs]
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        cache = KVCache(self.config, capacity, self.norm.weight.dtype, self.norm.weight.device, batch)
+        if batch == 1 and (self.norm.weight.is_cuda if self.graphs is None else self.graphs):
+            cache.spare = self.spare
+        return cache
 
     def pack(self) -> None:
         """Prepack every Linear for oneDNN where that is the faster path: a CPU, in float32 or bfloat16. Inference only."""
@@ -515,9 +669,6 @@ class Model(_Decoder):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
-    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        return KVCache(self.config, capacity, self.dtype, self.device, batch)
-
     def forward(self, tokens: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None = None, *,
                 taps: tuple[int, ...] = (), last_only: bool = False) -> tuple[Tensor, Tensor | None]:
         """Run n new tokens behind the committed rows of `cache`; the caller then commits those that stay.
@@ -528,6 +679,9 @@ class Model(_Decoder):
         attention is causal, the last layer then computes only keys and values for the others.
         Returns logits [b, n or 1, V] and features [b, n, len(taps) * H], or None without taps.
         """
+        if self.graphed(tokens, cache, mask):
+            logits, features = self.replay((tokens, positions), cache, mask, taps=taps)
+            return logits[:, -1:] if last_only else logits, features
         x = self.embed_tokens(tokens)                                              # [b, n, H]
         rotary = self.rotary(positions, x.dtype)
         final = len(self.layers) - 1
@@ -563,9 +717,6 @@ class Eagle3(_Decoder):
         self.lm_head = Linear(H, config.draft_vocab_size)
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))  # target id - draft id
 
-    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        return KVCache(self.config, capacity, self.norm.weight.dtype, self.norm.weight.device, batch)
-
     def to_target(self, draft_ids: Tensor) -> Tensor:
         """Ids in the draft vocabulary -> ids in the target's, any shape."""
         return draft_ids + self.d2t[draft_ids]
@@ -575,6 +726,9 @@ class Eagle3(_Decoder):
         """One draft step. tokens, positions [b, n]; hidden [b, n, H] is `fc(target features)` or this method's own second
         result; mask, last_only as in Model.forward. Returns logits [b, n or 1, draft V] and hidden [b, n, H], or [b, 1, H] where only
         the last token went through the layer."""
+        if self.graphed(tokens, cache, mask):
+            logits, out = self.replay((tokens, hidden, positions), cache, mask)
+            return logits[:, -1:] if last_only else logits, out[:, -1:] if last_only and mask is None else out
         x = torch.cat((self.input_layernorm(self.embed_tokens(tokens)), self.hidden_norm(hidden)), dim=-1)  # [b, n, 2H]
         alone = last_only and mask is None
         mask = None if alone else self.group(mask, tokens.shape[1], cache, x.dtype)
@@ -779,6 +933,7 @@ def load_eagle3(folder: str | Path, target: Model, *, pack: bool = True) -> Eagl
         raise CheckpointError(f"{tensors.where}: tensor 'd2t' points outside the target's vocabulary of {config.vocab_size}")
     if pack:
         head.pack()
+    head.graphs = target.graphs
     return head
 
 
@@ -797,4 +952,6 @@ def load_draft(folder: str | Path, target: Model) -> Eagle3 | Model:
     got, want = ModelConfig.read(Path(folder)).vocab_size, target.config.vocab_size
     if got != want:
         raise CheckpointError(f"{path}: field 'vocab_size' is {got}, but the target's is {want}: a draft model needs the target's vocabulary")
-    return load_model(folder, dtype=target.dtype, device=target.device)
+    draft = load_model(folder, dtype=target.dtype, device=target.device)
+    draft.graphs = target.graphs
+    return draft

@@ -46,8 +46,8 @@ def template(size: int, ranks: tuple[float, ...], depth: int = 16) -> tuple[tupl
 class AdjacencyMatrix:
     """M: row x holds the k likeliest successors of token x when the target last read it; -1 where it never has.
 
-    [vocab, k] int32 on the model's device, bounded by its shape. Source: the Graft paper, and Token Recycling
-    (arXiv 2408.08696), which introduced the matrix.
+    [vocab, k] int32, bounded by its shape. Source: the Graft paper, and Token Recycling (arXiv 2408.08696), which introduced the
+    matrix. The paper keeps it on the target's device; on the CPU a proposal costs a GPU none of its hundred tiny launches.
     """
 
     def __init__(self, vocab_size: int, k: int = 8, device="cpu", ranks: tuple[float, ...] = RANK_PROBABILITIES):
@@ -55,8 +55,8 @@ class AdjacencyMatrix:
         self.ranks = tuple(ranks[:k])
 
     def update(self, tokens: Tensor, logits: Tensor) -> None:
-        """Write the successors of each verified token: tokens [n], logits [n, vocab]."""
-        self.rows[tokens] = logits.topk(self.rows.shape[1], dim=-1).indices.int()
+        """Write the successors of each verified token: tokens [n], logits [n, vocab], on any device."""
+        self.rows[tokens.to(self.rows.device)] = logits.topk(self.rows.shape[1], dim=-1).indices.int().to(self.rows.device)
 
     def propose(self, anchors: list[int], size: int) -> list[Branch]:
         """For each anchor token, the template for `size` nodes filled from the matrix: one gather a level for all of them.

@@ -194,7 +194,7 @@ class Setup:
 
     def state(self, plan: Plan | None = None) -> State:
         ngrams = NGramIndex()
-        adjacency = AdjacencyMatrix(self.model.config.vocab_size, device=self.model.device)
+        adjacency = AdjacencyMatrix(self.model.config.vocab_size)
         ngrams.append(self.corpus)
         start = self.store if self.store and self.store.exists() else self.warm
         if start:
@@ -263,6 +263,7 @@ def set_up(args) -> Setup:
     folder = fetch_checkpoint(args.model, args.revision) if args.model else demo_model(say)
     text = Text(folder)
     model = load_model(folder, dtype=dtype, device=device)
+    model.graphs = False if args.no_graphs else None       # what drafts for it follows
     text.check(model)
     own = OWN_DRAFT & {*(getattr(args, "methods", None) or "").split(","), getattr(args, "method", None)}
     draft = not own and args.draft or (str(DEMO_HEAD) if not args.model and DEMO_HEAD.is_dir() else None)
@@ -621,8 +622,10 @@ def command_bench(args) -> int:
     outputs: dict[str, list[list[int]]] = {name: [] for name in methods}
     plans = {name: setup.plan(name) for name in methods}
     configs = {name: plan.config for name, plan in plans.items()}
+    whole_texts = setup.model.device.type == "cuda" and not args.no_graphs         # or graphs would be captured while the clock runs
     for name in methods:                # once each, uncounted: threads start, memory is touched
-        complete(setup, replace(plans[name], config=replace(configs[name], max_new_tokens=8)), encoded[:1], args)
+        for ids in (min(encoded, key=len), max(encoded, key=len)) if whole_texts else encoded[:1]:
+            complete(setup, plans[name] if whole_texts else replace(plans[name], config=replace(configs[name], max_new_tokens=8)), [ids], args)
     partial = Path(f"{args.json}.partial") if args.json else None       # finished prompts, so that an interrupted run goes on
     key = json.dumps([environment(setup), {name: asdict(config) for name, config in configs.items()}, [p["id"] for p in prompts], args.batch_size])
     done = finished(partial, key) if partial else []
@@ -717,6 +720,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--draft-window", type=int, metavar="N", help="let the head see the last N to 2 N tokens only (default: all)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32", "float64"))
+    add("--no-graphs", action="store_true", help="on a GPU, launch every kernel instead of replaying CUDA graphs")
     add("--max-new-tokens", type=int, default=128 if command in ("bench", "verify") else 512)
     add("--budget", type=int, help=f"most nodes a tree holds below its root (default: as calibrated, else {CPU_BUDGET} on a CPU, {GPU_BUDGET} on a GPU)")
     add("--temperature", type=float, default=0.0, help="0 is greedy")

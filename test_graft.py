@@ -6,6 +6,7 @@ greedy loop that recomputes everything for every token.
 """
 
 import argparse
+import copy
 import json
 import math
 import random
@@ -23,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 import run
 import train_eagle3  # in tools/, which run.py puts on the path
-from graft import METHODS, EagleDrafter, GraftConfig, Sampler, Sequence, State, generate, generate_batch, run_rounds
-from model import MLP, CheckpointError, Eagle3, Model, ModelConfig, attention, load_eagle3, load_model
+from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, generate, generate_batch, run_rounds
+from model import MLP, CheckpointError, Eagle3, KVCache, Model, ModelConfig, MoE, attention, load_eagle3, load_model
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, template
 from tree import ADJACENCY, DRAFT, NGRAM, TARGET, Tree
 
@@ -59,6 +60,7 @@ def tiny_head(target: Model, seed=1, hidden=24, draft_vocab=19) -> Eagle3:
 
 MODEL = tiny()
 HEAD = tiny_head(MODEL)
+MOE = tiny(2, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16, moe_layers=(1, 3))
 
 
 def full_forward(model: Model, tokens: list[int], taps=()):
@@ -787,6 +789,110 @@ def test_a_batch_is_each_prompt_alone(method, prompts, temperature, data):
             ended.add(i)
             assert (step.stats.finish, step.stats.rounds) == (alone[i][1].finish, alone[i][1].rounds)
     assert texts == [tokens for tokens, _ in alone]
+
+
+# -------------------------------------------------------------------------- fixed buffers, as CUDA graphs have them, uncaptured
+
+def static(network, graphs: bool | None = True):
+    """The same weights, over fixed buffers."""
+    twin = copy.copy(network)
+    twin.graphs, twin.spare, twin.captured = graphs, [], 0
+    return twin
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+    monkeypatch.setattr(KVCache, "STEP", 4)     # so that short texts outgrow their storage
+
+
+@given(st.lists(trees(), min_size=1, max_size=5), tokens_of(1, 40), st.sampled_from([(), (-1, 2, 5)]), st.randoms(), st.booleans())
+def test_a_forward_over_fixed_buffers_is_the_forward(small_steps, drawn, prompt, taps, rng, moe):
+    """Logits, features and cache rows, through trees, commits of paths between them, causal steps, rewinding and growing storage."""
+    model = MOE if moe else MODEL
+    twin = static(model)
+    pairs = [(model, model.new_cache(256)), (twin, twin.new_cache(0))]
+    assert pairs[0][1].spare is None
+
+    def both(tokens, positions, mask=None, **options):
+        (logits, features), (got, tapped) = (network(tokens, positions, cache, mask, taps=taps, **options) for network, cache in pairs)
+        torch.testing.assert_close(got, logits, atol=1e-9, rtol=1e-9)
+        assert (tapped is features is None) if not taps else (tapped - features).abs().max() < 1e-9
+        length, n = pairs[0][1].length, tokens.shape[1]
+        (rows, own) = (cache.rows[:, :, :, length:length + n] for _, cache in pairs)
+        assert (rows - own).abs().max() < 1e-9 and not pairs[1][1].rows.isnan().any()
+
+    with torch.inference_mode():
+        for at, tree in enumerate(drawn):
+            length = pairs[0][1].length
+            causal = torch.tensor([prompt[:16]]), length + torch.arange(len(prompt[:16]))[None]
+            both(*causal, last_only=bool(at % 2))
+            for _, cache in pairs:
+                cache.commit(list(range(len(prompt[:16]))))
+            both(torch.tensor([tree.tokens]), tree.positions(pairs[0][1].length)[None], tree.mask())
+            path = [0, *tree.path(rng.randrange(len(tree)))]
+            for _, cache in pairs:
+                cache.commit(path)
+            pairs[0][1].length -= rng.randrange(2)
+            pairs[1][1].length = pairs[0][1].length
+    assert twin.captured == len(pairs[1][1].graphs) + sum(len(graphs) for _, graphs in twin.spare)
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(0, 4), st.integers(1, 9), st.booleans())
+def test_a_draft_over_fixed_buffers_is_the_draft(small_steps, reads, depth, top_k, chained):
+    """An EAGLE-3 head, or a smaller model, through rounds of reading and drafting."""
+    network, sampler = (HEAD, Sampler(GraftConfig(), VOCAB, "cpu")) if chained else (MODEL, Sampler(GraftConfig(), VOCAB, "cpu"))
+    twin = static(network)
+    drafters = [EagleDrafter(network), EagleDrafter(twin)] if chained else [ModelDrafter(network), ModelDrafter(twin)]
+    torch.manual_seed(len(reads))
+    root = 3
+    with torch.inference_mode():
+        for count in reads:
+            tokens, features = torch.randint(0, VOCAB, (1, count + 1)), torch.randn(1, count, 3 * MODEL.config.hidden_size).double()
+            tokens[0, 0], root = root, int(tokens[0, -1])
+            grown = []
+            for drafter in drafters:
+                drafter.observe(features, tokens)
+                grown.append([(list(tree.tokens), list(tree.scores)) for tree in drafter.expand(root, depth, top_k, sampler)])
+            for (tokens, scores), (others, close) in zip(*grown, strict=True):
+                assert tokens == others and scores == pytest.approx(close, abs=1e-9)
+            length = drafters[0].cache.length
+            assert length == drafters[1].cache.length
+            assert (drafters[0].cache.rows[:, :, :, :length] - drafters[1].cache.rows[:, :, :, :length]).abs().max() < 1e-9
+    assert twin.captured
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_every_method_over_fixed_buffers_is_plain_decoding(method, temperature):
+    """In float32, with one head; a second text finds the first one's storage and makes nothing anew; switched off, nothing is made."""
+    model, config = tiny(4, context=128).float(), GraftConfig(method=method, max_new_tokens=40, budget=12, draft_top_k=4, temperature=temperature)
+    head = tiny_head(model).float()
+    said = {}
+    for graphs in (None, False, True):
+        target, drafter = static(model, graphs), static(head, graphs)
+        made = []
+        for _ in range(3):
+            said.setdefault(graphs, []).append(collect(target, [1, 2, 3, 4], config, state=State(target, EagleDrafter(drafter)))[0])
+            made.append((target.captured, drafter.captured))
+        assert (made[0][0] > 0) == bool(graphs) and made[1] == made[2] == made[0] and (made[0][1] > 0) == (bool(graphs) and METHODS[method].draft)
+    assert said[None] == said[False] == said[True]
+
+
+def test_grouped_experts_are_the_loop():
+    """In bfloat16, experts without rows among them; on a GPU this is what runs."""
+    torch.manual_seed(0)
+    moe = MoE(replace(MODEL.config, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True)).requires_grad_(False)
+    for value in moe.parameters():
+        value.normal_(std=0.3)
+    moe = moe.bfloat16()
+    for n in (1, 2, 30):
+        x = torch.randn(1, n, 32).bfloat16()
+        loop, exact = moe(x), moe.double()(x.double())
+        moe.bfloat16().grouped = lambda: True
+        grouped = moe(x)
+        del moe.grouped
+        assert (grouped - exact).abs().max() <= max(0.05, 2 * float((loop - exact).abs().max()))
+        assert (grouped - exact).abs().mean() <= 1.5 * (loop - exact).abs().mean() + 1e-4
 
 
 def test_a_sequence_that_has_ended_is_in_no_forward(monkeypatch):

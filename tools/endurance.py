@@ -219,7 +219,7 @@ def main(argv: list[str]) -> int:
             return 0
         setup = run.set_up(run.parse(["-", "--max-new-tokens", "256"]))
         plan, prompts = setup.plan("graft"), [tokens[:answer_from] for tokens, answer_from in read_text(TEXT)]
-        adjacency = AdjacencyMatrix(setup.model.config.vocab_size, device=setup.model.device)
+        adjacency = AdjacencyMatrix(setup.model.config.vocab_size)
         state = State(setup.model, plan.new_drafter(), adjacency, NGramIndex(args.capacity))
         generate(setup.model, state, plan.config, prompts, args.tokens, args.growth)
     except (AssertionError, ValueError, OSError) as error:

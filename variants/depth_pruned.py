@@ -72,7 +72,7 @@ def prune(model: Model, dropped: tuple[int, ...]) -> Model:
         for name, part in old.named_children():
             if name != "layers":
                 setattr(new, name, part)
-    small.inverse = model.inverse
+    small.inverse, small.graphs = model.inverse, model.graphs
     return small.requires_grad_(False).eval()
 
 
