@@ -327,7 +327,7 @@ def new_head(target: Model, d2t: torch.Tensor) -> Eagle3:
             head.get_submodule(name).weight.copy_(source.get_submodule(name).weight)
         for norm, weight in ((head.input_layernorm, torch.ones(H)), (head.hidden_norm, source.input_layernorm.weight), (head.norm, target.norm.weight * 0.3)):
             norm.weight.copy_(weight)
-        head.lm_head.weight.copy_(target.lm_head.weight[torch.arange(len(d2t)) + d2t])
+        head.lm_head.weight.copy_(target.lm_head.weight[torch.arange(len(d2t), device=d2t.device) + d2t])
     return head
 
 
