@@ -1026,7 +1026,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def demo():
-    parser = run.parse(["x", "--dtype", "float32"])
+    parser = run.parse(["x", "--dtype", "float32", "--device", "cpu"])       # calibrated there
     return run.set_up(parser)
 
 
