@@ -527,7 +527,7 @@ class MoE(Part):
     def grouped(self) -> bool:
         """Whether all experts run in one launch each way, which nothing has to wait for: F.grouped_mm's terms."""
         weight = self.down_proj
-        return weight.is_cuda and weight.dtype == torch.bfloat16 and hasattr(F, "grouped_mm") and weight.shape[1] % 8 == weight.shape[2] % 8 == 0
+        return weight.is_cuda and weight.dtype == torch.bfloat16 and hasattr(F, "grouped_mm") and not any(size % 8 for size in weight.shape[1:])
 
     def run_grouped(self, rows: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """rows [r, H], weights and chosen [r, top_k] -> [r, H]: the pairs of row and expert, sorted by expert."""

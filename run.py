@@ -625,7 +625,8 @@ def command_bench(args) -> int:
     whole_texts = setup.model.device.type == "cuda" and not args.no_graphs         # or graphs would be captured while the clock runs
     for name in methods:                # once each, uncounted: threads start, memory is touched
         for ids in (min(encoded, key=len), max(encoded, key=len)) if whole_texts else encoded[:1]:
-            complete(setup, plans[name] if whole_texts else replace(plans[name], config=replace(configs[name], max_new_tokens=8)), [ids], args)
+            plan = plans[name] if whole_texts else replace(plans[name], config=replace(configs[name], max_new_tokens=8))
+            complete(setup, plan, [ids], args)
     partial = Path(f"{args.json}.partial") if args.json else None       # finished prompts, so that an interrupted run goes on
     key = json.dumps([environment(setup), {name: asdict(config) for name, config in configs.items()}, [p["id"] for p in prompts], args.batch_size])
     done = finished(partial, key) if partial else []

@@ -109,13 +109,14 @@ def bookkeeping(setup: run.Setup, prompts: list[list[int]]) -> float:
         for _ in run_rounds(setup.model, [sequence]):
             pass
         if number:                                                            # the first is uncounted
-            spent, rounds = spent + sum(sequence.stats.seconds[step] for step in ("retrieve", "graft", "update")), rounds + sequence.stats.rounds
+            spent += sum(sequence.stats.seconds[step] for step in ("retrieve", "graft", "update"))
+            rounds += sequence.stats.rounds
     return 1000 * spent / max(rounds, 1)
 
 
 def bandwidth(device) -> float:
     """GB/s that a large float32 sum reaches."""
-    block = torch.ones(1_000_000_000 if torch.device(device).type == "cuda" else 100_000_000, device=device)   # milliseconds, beside any launch
+    block = torch.ones(100_000_000 * (10 if torch.device(device).type == "cuda" else 1), device=device)   # long beside a launch
     return block.numel() * block.element_size() / median_ms({"sum": lambda: block.sum().item()}, 7)["sum"] / 1e6
 
 
