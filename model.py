@@ -274,7 +274,7 @@ class KVCache:
 
     def _leave(self) -> None:
         """Storage goes to the next cache, so that a new text finds the graphs of the last one."""
-        if self.spare is not None and len(self.spare) < 8 and self.capacity and self.capacity == roomy(self.capacity, 4 * self.STEP):
+        if self.spare is not None and len(self.spare) < 3 and self.capacity and self.capacity == roomy(self.capacity, 4 * self.STEP):
             self.spare.append((self.rows, self.graphs))
 
     __del__ = _leave
@@ -362,17 +362,24 @@ class StaticCache:
         self.rows, self.columns = torch.arange(n, device=device), torch.arange(m, device=device)
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """[n, m]: 0 where a token attends, -inf elsewhere. Every row attends to something, the padded ones too."""
+        """[n, m]: 0 where a token attends, -inf elsewhere; on a GPU no narrower than float32, as scores are there. Every row attends to
+        something, the padded ones too."""
         self.index = self.length + self.rows                                       # the rows that are written
         if self.seen is None:
             allowed = self.columns <= self.index[:, None]
         else:
             allowed = self.seen.index_select(1, (self.columns - self.start).clamp(0, self.seen.shape[1] - 1)) | (self.columns < self.start)
+        dtype = torch.promote_types(dtype, torch.float32) if allowed.is_cuda else dtype
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
 
     def attend(self, layer: int, queries: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
-        keys, values = self.layers[layer].index_copy_(2, self.index, rows).chunk(2, dim=1)
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        keys, values = (x[0] for x in self.layers[layer].index_copy_(2, self.index, rows).chunk(2, dim=1))
+        if not queries.is_cuda:
+            return F.scaled_dot_product_attention(queries, keys[None], values[None], attn_mask=mask)
+        # Few heads read many columns: plain products spread them over the whole GPU, the fused kernels do not.
+        product = torch.baddbmm if mask.dtype == queries.dtype else partial(torch.baddbmm, out_dtype=mask.dtype)
+        scores = product(mask[0], queries[0], keys.transpose(1, 2), alpha=queries.shape[-1]**-0.5)           # [k, g*n, m]
+        return torch.bmm(scores.softmax(-1).to(values.dtype), values)[None]
 
 
 class Graph:

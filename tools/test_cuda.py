@@ -158,3 +158,15 @@ def test_the_norm_is_the_cpus():
     cpu, gpu = norm(x).float(), copy.deepcopy(norm).to(DEVICE)(x.to(DEVICE)).float().cpu()
     assert ((cpu - gpu).abs() <= cpu.abs() * 2**-7 + 1e-6).all()
     assert (copy.deepcopy(norm).float().to(DEVICE)(x.float().to(DEVICE)).cpu() - norm.float()(x.float())).abs().max() < 1e-5
+
+
+def test_the_demo_model_says_on_a_gpu_what_it_says_on_a_cpu():
+    """In float32, with its head and the settings of `graft`."""
+    said = {}
+    for device in ("cpu", DEVICE):
+        demo = base.run.set_up(base.run.parse(["x", "--device", device, "--dtype", "float32"]))
+        prompts = [demo.ask(text) for text in ("Why is the sky blue?", "Write a Python function that reverses a list.")]
+        for method in ("ar", "graft"):
+            config = base.replace(demo.configure(method), max_new_tokens=48)
+            said[device, method] = [[t for step in generate(demo.model, ids, config, state=demo.state()) for t in step.tokens] for ids in prompts]
+    assert len(set(map(str, said.values()))) == 1

@@ -37,6 +37,8 @@ def main() -> None:
         raise SystemExit("error: fewer than two shards of self-made text; run tools/train_eagle3.py generate first")
     matrix = AdjacencyMatrix(model.config.vocab_size, args.k)
     texts = [safe_open(path, "pt") for path in shards[1:]]             # the first is held out
+    if any("features" not in text.keys() for text in texts):
+        raise SystemExit(f"error: {data_folder(args)} holds shards without features, as a GPU writes them; make some on a CPU: tools/train_eagle3.py text --read")
     tokens = [text.get_tensor("tokens").long() for text in texts]
     everything = torch.cat(tokens)
     last = torch.full((model.config.vocab_size,), -1).scatter_reduce_(0, everything, torch.arange(len(everything)), "amax")
