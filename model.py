@@ -344,7 +344,7 @@ class PackedCache:
 # ------------------------------------------------------------------------------------------------------------- graphs
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)   # tokens of a forward over fixed buffers; fewer are padded
-CAUSAL = 16                                               # most tokens of one without a mask: more are a prompt's
+CAUSAL = 32                                               # most tokens of one without a mask: more are a prompt's
 
 
 def roomy(rows: int, least: int) -> int:
@@ -877,6 +877,8 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, devic
     extra or misshapen tensor.
     """
     folder = Path(folder)
+    if torch.device(device).type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)      # it plans a kernel for every new length of the text: some 25 ms each, on an H200
     config = ModelConfig.read(folder)
     tensors, experts = _Tensors(folder), len(config.moe_layers) * config.num_experts
     if config.num_hidden_layers + experts > len(tensors.shapes):     # found out before memory is spent on them
