@@ -1,6 +1,6 @@
 """Draw speedup against tokens a round, from a table that `run.py bench` wrote: the paper's Pareto picture.
 
-    pip install matplotlib && python tools/plot.py results/demo_cpu_bfloat16.json results/pareto.png
+    pip install matplotlib && python tools/plot.py results/demo_cpu.json results/pareto.png
 
 A small dot is a method on one task, a large one its sum over all tasks. Up is faster, right is more tokens a round; of two
 methods at one height the one further left gets there with less.
