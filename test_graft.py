@@ -325,7 +325,8 @@ def test_training_time_test_is_the_chain_that_drafting_walks(tmp_path):
             assert (logits[1, i].log_softmax(-1) - expected).abs().max() < 1e-5   # its softmax is float32
 
 
-def test_self_made_text_is_what_the_target_would_write(tmp_path):
+@pytest.mark.parametrize("composed", [False, True])
+def test_self_made_text_is_what_the_target_would_write(composed, tmp_path):
     """Rows that begin anew at any step must not see what was there before: greedy answers are those of plain decoding, in turns as
     the template wants them, and features on disk are those that the target gives."""
     class Words:
@@ -337,7 +338,8 @@ def test_self_made_text_is_what_the_target_would_write(tmp_path):
     args = argparse.Namespace(batch=5, length=48, seed=3, greedy_share=1.0, answer_length=12)
     taps, texts = train_eagle3.four_taps(model), []
     with torch.inference_mode():
-        writer = train_eagle3.Writer(model, Words, args, taps)
+        stock = [([1, 2, 8 + i, 9, 3, 4, 5, 20 + i, 21, 22, 23, 0], 7) for i in range(4)] if composed else []
+        writer = train_eagle3.Writer(model, Words, args, taps, stock)
         for step in range(400):
             writer.step()
             texts += writer.finished() if step % 4 == 3 else []
@@ -346,6 +348,7 @@ def test_self_made_text_is_what_the_target_would_write(tmp_path):
         tokens = tokens.tolist()
         answer, finish = plain_greedy(model, tokens[:start], args.answer_length, eos=(0,))
         assert tokens[:2] == [1, 2] and tokens[start - 3:start] == [3, 4, 5] and 0 not in tokens[2:start - 3]
+        assert not composed or any(tokens[i:i + 3] == [21, 22, 23] for i in range(start))
         assert tokens[start:] == answer[:len(tokens) - start] and (len(tokens) - start == len(answer) or len(tokens) == args.length - 1)
     with_features, without = tmp_path / "shard-0.safetensors", tmp_path / "shard-1.safetensors"
     train_eagle3.write_shard(with_features, texts)

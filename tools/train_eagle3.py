@@ -116,7 +116,8 @@ class Writer:
                 openers, lengths, _ = rng.choices(self.kinds, [share for *_, share in self.kinds])[0]
                 given, answer_from = rng.choice(openers), False
                 limit = min(len(given) + rng.choice(lengths), args.length - len(self.closing) - 16)
-            columns.append((given, len(given), len(given) * answer_from, limit, rng.choice((0.7, 0.8, 0.9, 1.0)), 0.0 if rng.random() < args.greedy_share else 0.7))
+            heats = rng.choice((0.7, 0.8, 0.9, 1.0)), 0.0 if rng.random() < args.greedy_share else 0.7
+            columns.append((given, len(given), len(given) * answer_from, limit, *heats))
         text, *values = zip(*columns)
         device, rows = self.text.device, torch.tensor(list(rows), device=self.text.device)
         width = max(map(len, text))
@@ -144,7 +145,8 @@ class Writer:
 
     def step(self) -> None:
         """Every row reads its next token and, where none is given, gets one more."""
-        n, rows, size, closing = self.args.length, self.rows, self.size, torch.tensor(self.closing, device=self.text.device)
+        n, rows, size = self.args.length, self.rows, self.size
+        closing = torch.tensor(self.closing, device=size.device)
         read = self.text[rows, size]
         mask = ((self.cache.slot - self.ages) % n)[None] <= size[:, None]                            # [b, n]
         logits, tapped = self.model(read[:, None], size[:, None], self.cache, mask[:, None], taps=self.taps)
@@ -185,6 +187,8 @@ class Writer:
 @torch.inference_mode()
 def generate(args) -> None:
     from run import Text
+    if args.length < 128:
+        raise SystemExit(f"error: argument --length is {args.length}; expected at least 128")
     folder, data = model_folder(args), data_folder(args)
     data.mkdir(parents=True, exist_ok=True)
     done = sorted(data.glob("shard-*.safetensors"))
@@ -193,6 +197,8 @@ def generate(args) -> None:
     args.seed += number
     model = load_model(folder, dtype=args.dtype, device=args.device, pack=False)
     stock = [text for path in done[1:] for text in read_text(path)] if args.compose else []
+    if args.compose and not stock:
+        raise SystemExit(f"error: --compose needs answers to compose prompts of; {data} holds fewer than two shards: run 'generate' without it first")
     writer = Writer(model, Text(folder), args, four_taps(model) if stores_features(args) else (), stock)
     kept, began, made, steps = [], time.time(), 0, 0
     while have < args.tokens:
