@@ -605,12 +605,12 @@ class _Decoder(nn.Module):
     def group(self, mask: Tensor | list | None, n: int, cache: KVCache | PackedCache, dtype: torch.dtype) -> Tensor | list | None:
         """A mask [n, w] or [b, n, w] (True = attend; None = causal) as `attention` reads it, made once a forward: [b, 1, g*n, w or
         all columns]."""
+        g = self.config.num_attention_heads // self.config.num_key_value_heads
         if isinstance(cache, StaticCache):
-            return cache.mask(dtype).repeat(self.config.num_attention_heads // self.config.num_key_value_heads, 1)[None, None]
+            return cache.mask(dtype).repeat(g, 1)[None, None]
         if isinstance(cache, PackedCache):
             return [self.group(own, size, part, dtype) for own, size, part in zip(mask, cache.sizes, cache.caches)]
-        g, m = self.config.num_attention_heads // self.config.num_key_value_heads, cache.length + n
-        columns = cache.columns(g * n, n)
+        m, columns = cache.length + n, cache.columns(g * n, n)
         if mask is None:
             if n == 1 and columns == m:
                 return None
@@ -628,8 +628,11 @@ class _Decoder(nn.Module):
         """Whether a forward goes over fixed buffers: one text, few tokens, its own cache, and no layer that has to wait for numbers."""
         return (type(cache) is KVCache and cache.spare is not None and self.graphs is not False and tokens.shape[0] == 1
                 and tokens.shape[1] <= (CAUSAL if mask is None else BUCKETS[-1]) and (mask is None or mask.dim() == 2)
-                and torch.is_inference_mode_enabled()
-                and not (self.config.moe_layers and tokens.is_cuda and any(isinstance(m, MoE) and not m.grouped() for m in self.modules())))
+                and torch.is_inference_mode_enabled() and not (tokens.is_cuda and self.waits()))
+
+    def waits(self) -> bool:
+        """Whether a layer has to wait for numbers on a GPU: a graph cannot."""
+        return False
 
     def replay(self, inputs: tuple[Tensor, ...], cache: KVCache, mask: Tensor | None, **options) -> list[Tensor | None]:
         """What `forward` returns for all of its tokens, by a graph that is bound to the storage of `cache`, made where there is none."""
@@ -675,6 +678,10 @@ class Model(_Decoder):
     @property
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
+
+    def waits(self) -> bool:
+        sparse = self.config.moe_layers
+        return bool(sparse) and not self.layers[sparse[0]].mlp.grouped()               # all mixtures are of one shape, dtype and device
 
     def forward(self, tokens: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None = None, *,
                 taps: tuple[int, ...] = (), last_only: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -897,6 +904,11 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, devic
     return model
 
 
+def default_taps(layers: int) -> tuple[int, int, int]:
+    """The layers, of so many, whose outputs an EAGLE-3 head reads unless its config.json names others."""
+    return 1, layers // 2 - 1, layers - 4
+
+
 def load_eagle3(folder: str | Path, target: Model, *, pack: bool = True) -> Eagle3:
     """Load an EAGLE-3 head for `target`: EAGLE's `pytorch_model.bin` or a safetensors layout, in the target's dtype and device.
 
@@ -910,7 +922,7 @@ def load_eagle3(folder: str | Path, target: Model, *, pack: bool = True) -> Eagl
                             ("target_hidden_size", config.target_hidden_size, wanted)):
         if got != want:
             raise CheckpointError(f"{folder / 'config.json'}: field '{name}' is {got}, but the target's is {want}: a head of another model?")
-    taps = config.taps or (1, layers // 2 - 1, layers - 4)
+    taps = config.taps or default_taps(layers)
     if not all(-1 <= t < layers for t in taps):
         raise CheckpointError(f"{folder / 'config.json'}: the head reads the outputs of layers {taps}; the target has {layers}")
 

@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import run  # noqa: E402
 from demo_model import command_line  # noqa: E402
-from graft import GraftConfig, Sampler, Sequence, Stats, draft_and_prune, graft, retrieve, run_rounds  # noqa: E402
+from graft import GraftConfig, Sampler, Sequence, Stats, draft_and_prune, graft, retrieve  # noqa: E402
 from model import Model  # noqa: E402
 from tree import ADJACENCY, DRAFT, NGRAM, Tree  # noqa: E402
 
@@ -101,17 +101,13 @@ def measure(setup: run.Setup, length: int, repeats: int) -> tuple[list[float], f
     return t, times.get("observe", 0.0), times.get("expand", 0.0) / 4
 
 
-def bookkeeping(setup: run.Setup, prompts: list[list[int]]) -> float:
-    """t_rest: milliseconds that a round takes besides the forwards, of retrieval, merging and the update of both stores."""
-    plan, spent, rounds = setup.plan("graft" if setup.head else "retrieve"), 0.0, 0
-    for number, prompt in enumerate([prompts[0], *prompts]):
-        sequence = Sequence(setup.model, prompt, replace(plan.config, max_new_tokens=64), setup.state(plan))
-        for _ in run_rounds(setup.model, [sequence]):
-            pass
-        if number:                                                            # the first is uncounted
-            spent += sum(sequence.stats.seconds[step] for step in ("retrieve", "graft", "update"))
-            rounds += sequence.stats.rounds
-    return 1000 * spent / max(rounds, 1)
+def bookkeeping(setup: run.Setup, prompts: list[list[int]], options: argparse.Namespace) -> float:
+    """t_rest: milliseconds that a round takes besides the forwards, of retrieval, merging and the update of both stores. options: run.py's."""
+    plan = setup.plan("graft" if setup.head else "retrieve")
+    plan = replace(plan, config=replace(plan.config, max_new_tokens=64))
+    stats = [run.complete(setup, plan, [prompt], options)[0][1] for prompt in [prompts[0], *prompts]][1:]     # the first is uncounted
+    spent = sum(one.seconds[step] for one in stats for step in ("retrieve", "graft", "update"))
+    return 1000 * spent / max(sum(one.rounds for one in stats), 1)
 
 
 def bandwidth(device) -> float:
@@ -312,7 +308,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
     given = [word for name in ("model", "draft", "device") if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
-    setup = run.set_up(run.parse(["calibrating", "--dtype", args.dtype, *given]))
+    options = run.parse(["calibrating", "--dtype", args.dtype, *given])
+    setup = run.set_up(options)
     prompts = [setup.ask(p["text"]) for p in run.read_prompts(args.prompts, None)]
     t, observe, head = measure(setup, args.length, args.repeats)
     print("t(n), ms:", {n: round(t[n], 1) for n in (0, 3, 7, 15, 31, 60)}, f"observe {observe:.2f}, head step {head:.2f}")
@@ -329,7 +326,7 @@ def main() -> None:
     print(f"{positions} positions in {time.perf_counter() - begin:.0f} s")
     rest = 0.06 * t[0]    # as measured in rounds on the demo model: mostly the adjacency matrix's top-k and the greedy pick
     if setup.model.device.type == "cuda":     # where a forward is short, Python's share is not
-        rest = bookkeeping(setup, prompts[:4])
+        rest = bookkeeping(setup, prompts[:4], options)
     score = Scorer(texts, t, observe, head, rest)
     methods = {"retrieve": choose(score, "retrieve")}
     plain = score.walk(lambda position: (-1, [], 0))

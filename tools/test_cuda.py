@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import test_graft as base  # noqa: E402
-from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, State, generate, generate_batch  # noqa: E402
+from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, State, generate_batch  # noqa: E402
 from model import CAUSAL, KVCache, MoE, RMSNorm  # noqa: E402
 
 DEVICE = "cuda"
@@ -32,8 +32,7 @@ def there(network, graphs: bool, dtype=torch.float32):
 
 def say(model, drafter, prompt, state=None, **fields):
     config = GraftConfig(**dict(max_new_tokens=40, budget=12, draft_top_k=4, depth=4) | fields)
-    state = state or State(model, drafter)
-    return [token for step in generate(model, prompt, config, state=state) for token in step.tokens]
+    return base.collect(model, prompt, config, state=state or State(model, drafter))[0]
 
 
 @pytest.mark.parametrize("graphs", [True, False])
@@ -169,5 +168,5 @@ def test_the_demo_model_says_on_a_gpu_what_it_says_on_a_cpu():
         prompts = [demo.ask(text) for text in ("Why is the sky blue?", "Write a Python function that reverses a list.")]
         for method in ("ar", "graft"):
             config = base.replace(demo.configure(method), max_new_tokens=48)
-            said[device, method] = [[t for step in generate(demo.model, ids, config, state=demo.state()) for t in step.tokens] for ids in prompts]
+            said[device, method] = [base.collect(demo.model, ids, config, state=demo.state())[0] for ids in prompts]
     assert len(set(map(str, said.values()))) == 1

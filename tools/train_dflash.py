@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "variants")]
 from demo_model import command_line  # noqa: E402
 from dflash import DFlash, stacked  # noqa: E402
-from model import Model, NoCache, load_model, unstacked  # noqa: E402
+from model import Model, NoCache, default_taps, load_model, unstacked  # noqa: E402
 from retrieval import whole  # noqa: E402
 from train_eagle3 import Texts, data_folder, descend, learning_rate, model_folder, new_optimizers, report_progress  # noqa: E402
 
@@ -142,7 +142,7 @@ def train(args) -> None:
     counts = sum(torch.bincount(safe_open(path, "pt").get_tensor("tokens").long(), minlength=target.config.vocab_size) for path in shards)
     mask = state["mask"] if state else int(counts.argmin())                        # a token that the text does not use
     rows = target.lm_head.weight[counts.argsort(descending=True, stable=True)[:args.vocab]]   # the loss is taken over what it uses most
-    net = new_net(target, (1, L // 2 - 1, L - 4), args.layers, args.block, mask).float().to(args.device)
+    net = new_net(target, default_taps(L), args.layers, args.block, mask).float().to(args.device)
     matrices, others = [p for p in net.parameters() if p.dim() == 2], [p for p in net.parameters() if p.dim() == 1]
     optimizers = new_optimizers(matrices, others, args.lr)
     seen, updates, history, running = 0, 0, [], None

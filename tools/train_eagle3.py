@@ -27,7 +27,7 @@ TEXT = ROOT / "assets" / "smollm2-135m-text.safetensors"
 SHARD = 250      # conversations in each shard that is made from TEXT; the first shard is held out
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from demo_model import cache_folder, command_line, demo_model  # noqa: E402
-from model import Eagle3, KVCache, Model, NoCache, _stacked, fetch_checkpoint, load_eagle3, load_model, unstacked  # noqa: E402
+from model import Eagle3, KVCache, Model, NoCache, _stacked, default_taps, fetch_checkpoint, load_eagle3, load_model, unstacked  # noqa: E402
 from retrieval import whole  # noqa: E402
 
 SHORT = [                                                                          # how a user's turn may begin
@@ -223,7 +223,13 @@ def stores_features(args) -> bool:
 def four_taps(target: Model) -> tuple[int, ...]:
     """The outputs that a head reads, and the last."""
     layers = target.config.num_hidden_layers
-    return 1, layers // 2 - 1, layers - 4, layers - 1
+    return *default_taps(layers), layers - 1
+
+
+def features_of(target: Model, tokens: torch.Tensor, cache) -> torch.Tensor:
+    """The outputs of those layers [b, n, 4H], side by side, for whole texts [b, n]."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
+    return target(tokens, positions, cache, taps=four_taps(target), last_only=True)[1]
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -308,8 +314,7 @@ class Texts:
     @torch.no_grad()
     def features(self, tokens: torch.Tensor, batch: list[tuple]) -> torch.Tensor:
         if any(file is None for *_, file, _ in batch):
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
-            return self.target(tokens, positions, NoCache(), taps=four_taps(self.target), last_only=True)[1]      # padding comes last
+            return features_of(self.target, tokens, NoCache())                     # padding comes last: no token sees it
         features = torch.zeros(*tokens.shape, 4 * self.target.config.hidden_size, dtype=torch.bfloat16)
         for row, (_, size, _, file, at) in enumerate(batch):
             features[row, :size] = file.get_slice("features")[at:at + size]
@@ -321,7 +326,7 @@ def new_head(target: Model, d2t: torch.Tensor) -> Eagle3:
     layers, H = target.config.num_hidden_layers, target.config.hidden_size
     config = replace(target.config, num_hidden_layers=1, draft_vocab_size=len(d2t), target_hidden_size=H, qk_norm=False,
                      architecture="LlamaForCausalLMEagle3", tie_word_embeddings=False)
-    head = Eagle3(config, (1, layers // 2 - 1, layers - 4))
+    head = Eagle3(config, default_taps(layers))
     head.embed_tokens, head.d2t = None, d2t                                        # shared with the target, whose dtype it keeps
     source = target.layers[layers - 2]
     with torch.no_grad():
@@ -361,11 +366,10 @@ def save_head(head: Eagle3, folder: Path, target: Model, note: dict) -> None:
 @torch.no_grad()
 def validate(head: Eagle3, texts: Texts, target: Model, args, steps: int = 6) -> dict:
     """On held-out answers: how often the target's choice is the head's first, or among its first 8, in each chained step."""
-    top = torch.zeros(2, steps)
-    count = 0
+    top, count, lm_head = torch.zeros(2, steps), 0, target.lm_head.weight.float()
     for tokens, features, kind in texts.batches(random.Random(0), args.batch_tokens):
         H, kind = target.config.hidden_size, kind[:, 1:]
-        best = F.linear(target.norm(features[:, 1:, 3 * H:].float()), target.lm_head.weight.float()).argmax(-1)   # after position i + 1
+        best = F.linear(target.norm(features[:, 1:, 3 * H:].float()), lm_head).argmax(-1)   # after position i + 1
         count += int((kind == 2)[:, steps:].sum())
         with torch.autocast(args.device.split(":")[0], torch.bfloat16):
             for step, logits in enumerate(chain(head, tokens[:, 1:], features[:, :-1, :3 * H], steps)):
@@ -512,8 +516,7 @@ def text(args) -> None:
             for tokens, answer_from in part:
                 ids, features = torch.tensor([tokens], device=target.device), None
                 if stores_features(args):
-                    positions = torch.arange(len(tokens), device=target.device)[None]
-                    features = target(ids, positions, target.new_cache(len(tokens)), taps=four_taps(target), last_only=True)[1][0].to(torch.bfloat16)
+                    features = features_of(target, ids, target.new_cache(len(tokens)))[0].to(torch.bfloat16)
                 found.append((ids[0].int().cpu(), answer_from, features))
         write_shard(path, found)
         print(f"\r{number + 1} of {shards} shards", end="", flush=True)
