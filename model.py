@@ -437,22 +437,45 @@ class Part(nn.Module):
         cls.__call__ = cls.forward
 
 
+def half_scale(weight: Tensor) -> float:
+    """A power of two times which float16 holds a float32 matrix: no element is off by more than 2^-24 of the largest, as little as a
+    float32 product tells. There is one where the matrix was stored in bfloat16 or float16; 0 where there is none."""
+    largest = float(weight.abs().max())
+    if 2**-20 < largest < 2**20:
+        for scale in (1.0, 2.0 ** (15 - math.frexp(largest)[1])):
+            scaled = (part * scale for part in weight.split(4096))
+            if all((part.half() - part).abs().max() <= 2**-24 * largest * scale for part in scaled):
+                return scale
+    return 0.0
+
+
 class Linear(Part):
-    """x @ weight.T without bias. After `pack()` on a CPU it runs on oneDNN's prepacked weights: about twice as fast at n = 1,
-    and nearly as fast at n = 8 as at n = 1."""
+    """x @ weight.T without bias. After `pack()` on a CPU it runs on prepacked weights: oneDNN's in bfloat16, about twice as fast at
+    n = 1, and nearly as fast at n = 8 as at n = 1; in float32 FBGEMM's, which are float16 and so half as much to read."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.packed = None
+        self.inputs, self.packed, self.scale = inputs, None, 0.0          # scale: what the packed weights were multiplied by, if they are float16
 
     def pack(self) -> None:
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().contiguous(), 16)
+        """Where that is the faster path: a CPU, in float32 or bfloat16. Inference only."""
+        weight = self.weight.detach().contiguous()
+        if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+            return
+        if weight.dtype == torch.float32 and torch.backends.quantized.engine in ("fbgemm", "x86"):
+            self.scale = half_scale(weight)
+        if self.scale:
+            self.packed = torch.ops.quantized.linear_prepack_fp16(weight if self.scale == 1 else weight * self.scale, None)
+        else:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
         self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:
             return F.linear(x, self.weight)
+        if self.scale:
+            return torch.ops.quantized.linear_dynamic_fp16.default(x if self.scale == 1 else x * (1 / self.scale), self.packed)
         n = x.shape[-2]
         if x.numel() == x.shape[-1]:    # one row: oneDNN's kernel for five reads the weights faster, and gives the same row
             return self(x.expand(*x.shape[:-2], 5, -1)).narrow(-2, 0, 1)
@@ -467,10 +490,10 @@ class RMSNorm(Part):
         self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """On a CPU the layer norm of (x, -x), whose mean is 0 and whose variance is the mean of x squared: one fused kernel instead
-        of eight small ones, and in bfloat16 rounded exactly as in transformers. On CUDA the fused kernel, which rounds once less."""
+        """In bfloat16 on a CPU the layer norm of (x, -x), whose mean is 0 and whose variance is the mean of x squared: one fused kernel
+        instead of eight small ones, and rounded exactly as in transformers. On CUDA the fused kernel, which rounds once less."""
         size = x.shape[-1]
-        if x.is_cuda and x.dtype == self.weight.dtype:
+        if x.dtype == self.weight.dtype and (x.is_cuda or x.dtype in (torch.float32, torch.float64)):
             return F.rms_norm(x, (size,), self.weight, self.eps)
         return torch.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=self.eps).narrow(-1, 0, size) * self.weight
 
@@ -653,13 +676,6 @@ class _Decoder(nn.Module):
             cache.spare = self.spare
         return cache
 
-    def pack(self) -> None:
-        """Prepack every Linear for oneDNN where that is the faster path: a CPU, in float32 or bfloat16. Inference only."""
-        for module in self.modules():
-            if isinstance(module, Linear) and module.weight.device.type == "cpu" and torch.backends.mkldnn.is_available() \
-                    and module.weight.dtype in (torch.float32, torch.bfloat16):
-                module.pack()
-
 
 class Model(_Decoder):
     """The target. Build one with `load_model`."""
@@ -813,10 +829,11 @@ def _read_tensor(path: Path, name: str) -> Tensor:
         return file.get_tensor(name)
 
 
-def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple]], dtype, device, optional=()) -> None:
+def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple]], dtype, device, optional=(), pack: bool = False) -> None:
     """Give every parameter of a meta-device `module` its tensor. `parts` maps a parameter to the tensors of the checkpoint,
-    with their shapes, that are stacked to make it. A missing, extra or misshapen tensor is an error that names it."""
-    state, used = {}, set(optional)
+    with their shapes, that are stacked to make it. A missing, extra or misshapen tensor is an error that names it. With `pack`, each
+    matrix is packed before the next is read."""
+    used = set(optional)
     for name, value in module.state_dict().items():
         pieces = []
         for source, shape in parts.get(name, {name: tuple(value.shape)}).items():
@@ -830,12 +847,15 @@ def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple
                 raise CheckpointError(f"{tensors.where}: tensor '{source}' is of {tensor.dtype}; expected one of {', '.join(map(str, accepted))}")
             pieces.append(tensor.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True))
             used.add(source)
-        state[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces).view(value.shape)
+        owner, _, own = name.rpartition(".")
+        owner = module.get_submodule(owner)
+        owner.load_state_dict({own: pieces[0] if len(pieces) == 1 else torch.cat(pieces).view(value.shape)}, strict=False, assign=True)
+        if pack and isinstance(owner, Linear):
+            owner.pack()
     extra = sorted(set(tensors.shapes) - used)
     if extra:
         more = f" and {len(extra) - 1} more" if extra[1:] else ""
         raise CheckpointError(f"{tensors.where}: tensor '{extra[0]}'{more} has no place in this architecture")
-    module.load_state_dict(state, assign=True)
     module.inverse = module.inverse.to(device)
     module.requires_grad_(False).eval()
     for part in module.modules():        # as plain attributes: nn.Module's search for its parts took 3% of a plain decoding step
@@ -896,11 +916,9 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, devic
     optional = {name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
         optional.add("lm_head.weight")
-    _fill(model, tensors, checkpoint_layout(model), dtype, device, optional)
-    if config.tie_word_embeddings:
+    _fill(model, tensors, checkpoint_layout(model), dtype, device, optional, pack)
+    if config.tie_word_embeddings and model.lm_head.packed is None:
         model.lm_head.weight = model.embed_tokens.weight
-    if pack:
-        model.pack()
     return model
 
 
@@ -944,7 +962,7 @@ def load_eagle3(folder: str | Path, target: Model, *, pack: bool = True) -> Eagl
             raise CheckpointError(f"{tensors.where}: tensor 'd2t' is missing; expected shape [{config.draft_vocab_size}]")
         del head.d2t
     _fill(head, tensors, _stacked(config, "", "", 2 * config.hidden_size, config.intermediate_size), target.dtype, target.device,
-          {"t2d", *(name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq"))})
+          {"t2d", *(name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq"))}, pack)
     if shared:
         head.embed_tokens = target.embed_tokens
     if not hasattr(head, "d2t"):
@@ -952,8 +970,6 @@ def load_eagle3(folder: str | Path, target: Model, *, pack: bool = True) -> Eagl
     reach = torch.arange(config.draft_vocab_size, device=target.device) + head.d2t
     if reach.min() < 0 or reach.max() >= config.vocab_size:
         raise CheckpointError(f"{tensors.where}: tensor 'd2t' points outside the target's vocabulary of {config.vocab_size}")
-    if pack:
-        head.pack()
     head.graphs = target.graphs
     return head
 

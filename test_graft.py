@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import run
 import train_eagle3  # in tools/, which run.py puts on the path
 from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, generate, generate_batch, run_rounds
-from model import MLP, CheckpointError, Eagle3, KVCache, Model, ModelConfig, MoE, attention, load_eagle3, load_model
+from model import MLP, CheckpointError, Eagle3, KVCache, Linear, Model, ModelConfig, MoE, attention, half_scale, load_eagle3, load_model
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, template
 from tree import ADJACENCY, DRAFT, NGRAM, TARGET, Tree
 
@@ -112,7 +112,9 @@ def test_logits_and_features_are_those_of_transformers(family, tmp_path):
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=128, initializer_range=0.3, tie_word_embeddings=False) | extra)
     torch.manual_seed(0)
-    getattr(transformers, kind + "ForCausalLM")(config).save_pretrained(tmp_path, max_shard_size="20KB" if kind != "Llama" else "5GB")
+    stored = torch.bfloat16 if kind != "Llama" else torch.float32                    # which packs otherwise in float32: see half_scale
+    reference = getattr(transformers, kind + "ForCausalLM")(config).to(stored)
+    reference.save_pretrained(tmp_path, max_shard_size="20KB" if kind != "Llama" else "5GB")
     assert (tmp_path / "model.safetensors.index.json").exists() == (kind != "Llama")
     tokens = torch.randint(0, VOCAB, (1, 50))
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
@@ -122,6 +124,7 @@ def test_logits_and_features_are_those_of_transformers(family, tmp_path):
             expected = reference(tokens, output_hidden_states=True)
         for pack in (False, True):
             model = load_model(tmp_path, dtype=dtype, pack=pack)
+            assert bool(model.lm_head.scale) == (HALVES and pack and dtype == torch.float32 and stored == torch.bfloat16)
             cache, parts = model.new_cache(50), []
             with torch.inference_mode():     # chunks of prefill, then one token: all must be the one-shot forward
                 for start, end in ((0, 20), (20, 49), (49, 50)):
@@ -131,6 +134,34 @@ def test_logits_and_features_are_those_of_transformers(family, tmp_path):
             assert expected.logits.std() > 0.5
             assert (logits - expected.logits).abs().max() < tolerance
             assert (features - torch.cat([expected.hidden_states[i] for i in (0, 2, 4)], dim=-1)).abs().max() < tolerance * 10
+
+
+HALVES = torch.backends.quantized.engine in ("fbgemm", "x86")
+
+
+@given(st.integers(1, 40), st.integers(1, 70), st.integers(-15, 15), st.integers(0, 30), st.sampled_from((torch.bfloat16, torch.float16, torch.float32)),
+       st.integers(0, 2**31))
+def test_float32_on_half_the_bytes_is_float32(outputs, inputs, exponent, spread, stored, seed):
+    """Weights as they may be stored, some of them tiny: packed, a row's product is float32's, and the same alone as among others."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs, generator=generator) * 2.0 ** -(torch.rand(outputs, inputs, generator=generator) * spread)
+    weight = (weight * (2.0**exponent if stored != torch.float16 else 1.0)).to(stored).float()
+    linear, x = Linear(inputs, outputs), torch.randn(6, inputs, generator=generator)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    scale = half_scale(weight)
+    assert math.log2(scale).is_integer() if stored != torch.float32 else scale == 0 or outputs * inputs < 10
+    linear.pack()
+    assert linear.scale == (scale if HALVES else 0)
+    found, bound = linear(x), x.abs().double() @ weight.abs().double().T + 1e-30 + inputs * x.abs().max() * weight.abs().max()
+    assert ((found - x.double() @ weight.double().T).abs() <= 2**-23 * bound).all()
+    if scale and HALVES:
+        assert all(torch.equal(linear(x[i:i + 1]), found[i:i + 1]) for i in range(6))
+
+
+def test_what_float16_cannot_hold_is_told():
+    for weight in (torch.zeros(2, 2), torch.full((2, 2), 1e30), torch.full((2, 2), 1e-30), torch.tensor([[1.0, math.nan]]), torch.tensor([[1.0, 1 / 3]])):
+        assert half_scale(weight) == 0
+    assert half_scale(torch.tensor([[69632.0, 1.0]])) == 0.25 and half_scale(torch.tensor([[1.0, 2.0**-20]])) == 1
 
 
 def random_tree(draw, most=14) -> Tree:

@@ -35,8 +35,7 @@ from retrieval import AdjacencyMatrix, NGramIndex  # noqa: E402
 def products(model, rows: int, repeats: int) -> float:
     """Milliseconds of the target's matrix products alone, one after the other as in a forward, for so many rows."""
     linears = [module for module in model.modules() if isinstance(module, Linear)]
-    size = lambda linear: (linear.weight if linear.packed is None else linear.packed).shape[1]
-    inputs = [torch.randn(rows, size(linear), device=model.device).to(model.dtype) for linear in linears]
+    inputs = [torch.randn(rows, linear.inputs, device=model.device).to(model.dtype) for linear in linears]
     return median_ms({"all": lambda: [linear(x) for linear, x in zip(linears, inputs)]}, repeats)["all"]
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from calibrate import bandwidth, median_ms  # noqa: E402
 from demo_model import command_line  # noqa: E402
-from model import Model, ModelConfig  # noqa: E402
+from model import Linear, Model, ModelConfig  # noqa: E402
 from tree import DRAFT, Tree  # noqa: E402
 
 ROPE = {"rope_type": "default", "rope_theta": 1e6, "original_max_position_embeddings": 40960}
@@ -37,9 +37,11 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device) -> Model:
         model = Model(config)
     model = model.to(dtype).to_empty(device=device).requires_grad_(False)
     for name, value in model.named_parameters():
-        value.normal_(std=0.02) if "norm" not in name else value.fill_(1.0)
+        value.copy_(value.normal_(std=0.02).bfloat16()) if "norm" not in name else value.fill_(1.0)      # as checkpoints are stored
     model.inverse.copy_(config.rope["rope_theta"] ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim))
-    model.pack()
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.pack()
     return model
 
 

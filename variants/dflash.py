@@ -157,9 +157,7 @@ def load_dflash(folder: str | Path, target: Model, *, pack: bool = True) -> DFla
     with torch.device("meta"):
         net = DFlash(config, tuple(taps), raw["block_size"], raw["mask_token_id"])
     tensors = _Tensors(folder)
-    _fill(net, tensors, stacked(config), target.dtype, target.device, {name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq")})
-    if pack:
-        net.pack()
+    _fill(net, tensors, stacked(config), target.dtype, target.device, {name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq")}, pack)
     return net
 
 
