@@ -35,7 +35,7 @@ class Method:
 
 METHODS = {
     "ar": Method(),                                                                 # plain decoding
-    "retrieve": Method(prune=True, retrieve=True),                                  # no draft head
+    "retrieve": Method(prune=True, retrieve=True),                                  # no draft head; only nodes that pay are verified
     "eagle": Method(draft=True),                                                    # full tree, no retrieval
     "prune": Method(draft=True, prune=True),                                        # pruned, not refilled
     "graft": Method(draft=True, prune=True, retrieve=True),
@@ -43,7 +43,7 @@ METHODS = {
     "graft_unpruned": Method(draft=True, retrieve=True),                            # ablation: no pruning, grafts anywhere
     "graft_tail": Method(draft=True, prune=True, retrieve=True, anchors="leaves"),  # ablation: grafts only extend the draft
 }
-UNPRUNED = 2 / 3   # the budget's share that a draft keeps which is grafted to without having been pruned: the paper's 40 of 60
+UNPRUNED = 2 / 3   # the budget's share that the draft keeps where nothing is pruned; the rest is for retrieval (the paper's 40 of 60)
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class GraftConfig:
     ngrams: bool = True
     merge: bool = True                           # join retrieved branches as a trie; False: an ablation
     prefill_chunk: int = 512
-    temperature: float = 0.0                     # 0: greedy; else sampling, in this order:
     repetition_penalty: float = 1.0              # positive logits of tokens in the text are divided by it, negative ones multiplied
+    temperature: float = 0.0                     # 0: greedy, and the three below do nothing; else they follow it in this order
     top_k: int = 0                               # keep the k likeliest tokens; 0: all
     top_p: float = 1.0                           # keep the likeliest tokens that make up this probability
     min_p: float = 0.0                           # keep tokens that have this share of the likeliest one's probability
@@ -112,7 +112,7 @@ class Stats:
     accepted: Counter = field(default_factory=Counter)             # committed tokens by source
     stages: Counter = field(default_factory=Counter)               # rounds by the checkpoint that stopped drafting, or "full"
     seconds: Counter = field(default_factory=Counter)              # by step
-    finish: str = ""                                               # eos, stop, length or context
+    finish: str = ""                                               # eos, stop, length, context or interrupted; "" while it runs
 
     @property
     def mean_accepted(self) -> float:
@@ -273,6 +273,7 @@ class Drafter:
         try:
             frontier = tree.expand([0], *self._children(self.logits, top_k, 0, sampler))
             hidden = self.hidden.expand(1, len(frontier), -1)                     # children share their parent's feature
+            # A frontier node attends to all committed rows, and to those drafted rows that are its ancestors or itself.
             seen = torch.zeros(len(frontier), 0, dtype=torch.bool, device=hidden.device)   # [frontier, draft rows so far]
             yield tree
             for step in range(1, depth + 1):
@@ -359,14 +360,15 @@ class State:
         self.adjacency = adjacency or AdjacencyMatrix(model.config.vocab_size)
         self.ngrams = ngrams or NGramIndex()
 
-    def rewind(self, prompt: list[int]) -> None:
-        """Keep the rows that `prompt` shares with what is cached, but never all of it: the last token must be read again."""
+    def rewind(self, prompt: list[int]) -> int:
+        """Keep the rows that `prompt` shares with what is cached, but never all of it: the last token must be read again. Returns how
+        many tokens the two texts share; the drafter may know fewer, and then so does the cache."""
         shared = 0
         while shared < min(len(self.tokens), len(prompt) - 1) and self.tokens[shared] == prompt[shared]:
             shared += 1
-        if self.drafter:
-            shared = self.drafter.rewind(shared)
-        self.cache.length, self.tokens = shared, self.tokens[:shared]
+        known = self.drafter.rewind(shared) if self.drafter else shared
+        self.cache.length, self.tokens = known, self.tokens[:known]
+        return shared
 
 
 class Sequence:
@@ -422,7 +424,7 @@ class Sequence:
         self.stats.tokens += len(tokens)
         self.stats.rounds += tree is not None
         self.stats.accepted.update(sources)
-        return Round(tokens, sources, tree, path, self.stats)
+        return Round(tokens, sources, tree, path[:len(tokens) + 1], self.stats)
 
 
 def generate(model: Model, prompt: list[int], config: GraftConfig = GraftConfig(), *, state: State | None = None,
@@ -446,9 +448,8 @@ def generate_batch(model: Model, prompts: list[list[int]], config: GraftConfig =
 
 
 @torch.inference_mode()
-def run_rounds(model: Model, sequences: list[Sequence], verify: Callable | None = None) -> Iterator[tuple[int, Round]]:
+def run_rounds(model: Model, sequences: list[Sequence], own_verify: Callable | None = None) -> Iterator[tuple[int, Round]]:
     """The loop. A variant may pass its own `verify`."""
-    verify = verify or globals()["verify"]
     for i, sequence in enumerate(sequences):
         yield i, prefill(model, sequence)
     while running := [i for i, sequence in enumerate(sequences) if not sequence.stats.finish]:
@@ -457,7 +458,7 @@ def run_rounds(model: Model, sequences: list[Sequence], verify: Callable | None 
             tree = draft_and_prune(sequence)
             branches = retrieve(sequence, tree)
             trees.append(graft(sequence, tree, branches))
-        verified = verify(model, [sequences[i] for i in running], trees)
+        verified = (own_verify or verify)(model, [sequences[i] for i in running], trees)
         for i, tree, (path, picks, logits, features) in zip(running, trees, verified):
             step = sequences[i].commit(tree, path, picks[path[-1]])
             update(sequences[i], tree, path, picks, logits, features)
@@ -469,9 +470,9 @@ def prefill(model: Model, sequence: Sequence) -> Round:
     prompt, state, drafter, sampler = sequence.prompt, sequence.state, sequence.drafter, sequence.sampler
     chunk = sequence.config.prefill_chunk
     with sequence.stats.clock("prefill"):
-        state.rewind(prompt)
+        shared = state.rewind(prompt)
         state.cache.reserve(len(prompt) + 1)
-        state.ngrams.append([-1, *prompt])
+        state.ngrams.append([-1, *prompt[max(0, shared - state.ngrams.longest):]])     # what it holds already would vote twice
         sampler.read(prompt)
         ids = torch.tensor(prompt, device=model.device)
         start = len(state.tokens)
@@ -496,15 +497,13 @@ def draft_and_prune(sequence: Sequence) -> Tree:
     with stats.clock("draft"):
         if not sequence.drafter:
             return Tree.rooted(sequence.root)
-        share, stage = UNPRUNED if method.retrieve and not method.prune else 1.0, "full"
-        seen = 1
+        stages = dict(zip(config.checkpoints, zip(config.thresholds, config.retained))) if method.prune else {}
+        share, stage, seen = UNPRUNED if method.retrieve and not method.prune else 1.0, "full", 1
         for step, tree in enumerate(sequence.drafter.expand(sequence.root, config.depth, config.draft_top_k, sequence.sampler)):
             newest, seen = tree.scores[seen:], len(tree)
-            if method.prune and step in config.checkpoints:
-                which = config.checkpoints.index(step)
-                if math.exp(max(newest)) < config.thresholds[which]:
-                    share, stage = config.retained[which], str(step)
-                    break
+            if step in stages and math.exp(max(newest)) < stages[step][0]:
+                share, stage = stages[step][1], str(step)
+                break
         stats.stages[stage] += 1
         return tree.top(max(1, round(share * config.budget)))
 
@@ -517,7 +516,7 @@ def retrieve(sequence: Sequence, tree: Tree) -> list[tuple[int, str, Branch]]:
         if not method.retrieve or free < 1:
             return []
         nodes = {"all": range(1, len(tree)), "leaves": [i for i in tree.leaves() if i], "root": ()}[method.anchors]
-        anchors = tree.best(list(nodes), config.graft_anchors)
+        anchors = tree.best(nodes, config.graft_anchors)
         if method.anchors != "leaves" or not anchors:
             anchors = [0, *anchors]
         branches = []
@@ -526,7 +525,7 @@ def retrieve(sequence: Sequence, tree: Tree) -> list[tuple[int, str, Branch]]:
                 path = tuple(tree.tokens[i] for i in tree.path(node))
                 branches.append((node, NGRAM, state.ngrams.propose(free, path)))
         if config.adjacency:
-            size = free // len(anchors) if sequence.priced else free               # the template's last nodes would not pay
+            size = max(1, free // len(anchors)) if sequence.priced else free       # the template's last nodes would not pay
             found = state.adjacency.propose([tree.tokens[node] for node in anchors], size)
             branches += [(node, ADJACENCY, branch) for node, branch in zip(anchors, found)]
         branches = [(node, source, sequence.sampler.lean_branch(branch, tree.depths[node])) for node, source, branch in branches]
@@ -542,7 +541,7 @@ def graft(sequence: Sequence, tree: Tree, branches: list[tuple[int, str, Branch]
     config, stats = sequence.config, sequence.stats
     with stats.clock("graft"):
         stats.merged += tree.graft(branches, len(tree) - 1 + config.budget if sequence.priced else config.budget, config.merge)
-        tree = tree.within(max(sequence.room, 0))
+        tree = tree.within(sequence.room)
         if sequence.priced:
             tree = tree.worth(config.verify_cost)
         stats.nodes.update(tree.sources[1:])
@@ -581,7 +580,7 @@ def update(sequence: Sequence, tree: Tree, path: list[int], picks: list[int], lo
         state.cache.commit(path)
         state.tokens += read
         state.ngrams.append(read[1:] + [picks[path[-1]]])
-        if sequence.method.retrieve:
+        if sequence.method.retrieve and sequence.config.adjacency:
             state.adjacency.update(torch.tensor(tree.tokens), logits)
     if sequence.drafter:
         with sequence.stats.clock("draft"):

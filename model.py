@@ -213,8 +213,8 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
     """softmax(queries keys^T / sqrt(d) + mask) values: queries [b, k, r, d], keys and values [b, k, m, d], mask [b, 1, r, w] for the
     last w of the m columns (all of them where `by_products` says no), or None. Returns [b, k, r, d].
 
-    The products' scores are rounded to bfloat16, so each row is first moved near its maximum, as the first columns and those before the
-    mask have it; that halves the error."""
+    The products' scores are rounded to bfloat16, so each row is first shifted by its maximum over some columns (the first 32, and 32 before
+    the mask), which softmax does not see; that halves the error."""
     (b, k, r, d), m = queries.shape, keys.shape[2]
     if not by_products(r, m, queries.device, queries.dtype):
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
@@ -344,7 +344,7 @@ class PackedCache:
 # ------------------------------------------------------------------------------------------------------------- graphs
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)   # tokens of a forward over fixed buffers; fewer are padded
-CAUSAL = 32                                               # most tokens of one without a mask: more are a prompt's
+CAUSAL = 32                                               # most tokens of a forward without a mask that is one; more are a prompt's
 
 
 def roomy(rows: int, least: int) -> int:
@@ -451,7 +451,8 @@ def half_scale(weight: Tensor) -> float:
 
 class Linear(Part):
     """x @ weight.T without bias. After `pack()` on a CPU it runs on prepacked weights: oneDNN's in bfloat16, about twice as fast at
-    n = 1, and nearly as fast at n = 8 as at n = 1; in float32 FBGEMM's, which are float16 and so half as much to read."""
+    n = 1, and nearly as fast at n = 8 as at n = 1; in float32 FBGEMM's where float16 holds the matrix, which is half
+    as much to read, and gives a row the same numbers however many there are; else oneDNN's too."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -490,8 +491,8 @@ class RMSNorm(Part):
         self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """In bfloat16 on a CPU the layer norm of (x, -x), whose mean is 0 and whose variance is the mean of x squared: one fused kernel
-        instead of eight small ones, and rounded exactly as in transformers. On CUDA the fused kernel, which rounds once less."""
+        """In half precision on a CPU the layer norm of (x, -x), whose mean is 0 and whose variance is the mean of x squared: one fused kernel
+        instead of eight small ones, and rounded exactly as in transformers. Elsewhere torch's own, which in bfloat16 rounds once less."""
         size = x.shape[-1]
         if x.dtype == self.weight.dtype and (x.is_cuda or x.dtype in (torch.float32, torch.float64)):
             return F.rms_norm(x, (size,), self.weight, self.eps)

@@ -90,7 +90,7 @@ class AdjacencyMatrix:
 
 
 class NGramIndex:
-    """Every earlier place where the text ended as it does now, over prompt, output and an optional corpus.
+    """The latest earlier places where the text ended as it does now, over prompt, output and an optional corpus.
 
     A dictionary from token pairs to the last `places` positions after them; how much more than the pair agrees is found by
     comparing backwards. Lookup costs places * longest comparisons whatever the length of the text. Holds at most `capacity`
@@ -132,7 +132,7 @@ class NGramIndex:
     def propose(self, size: int, path: tuple[int, ...] = (), depth: int = 16) -> Branch:
         """The `size` likeliest continuations of text + `path`, as one weighted tree.
 
-        Places that match longer weigh more (match length squared); where they disagree the probability is shared out by weight.
+        Places that match longer weigh more (match length + 1, squared); where they disagree the probability is shared out by weight.
         """
         text, places, branch = self.tokens, self.matches_of(path), ([], [], [])
         heap = []
@@ -141,7 +141,7 @@ class NGramIndex:
             votes: dict[int, list] = {}
             for place, length in places:
                 if place < len(text) and text[place] >= 0:
-                    votes.setdefault(text[place], []).append((place + 1, min(length + 1, self.longest)))
+                    votes.setdefault(text[place], []).append((place + 1, min(length, self.longest) + 1))
             total = sum(length * length for found in votes.values() for _, length in found)
             for token, found in votes.items():
                 share = sum(length * length for _, length in found) / total
@@ -165,6 +165,8 @@ def whole(path):
     """A file to write that takes the place of `path` once it is complete: a full disk or Ctrl-C leaves what was there. Raises
     OSError that names `path`, whatever the writer raised."""
     path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"{path}: not a plain file")
     partial = Path(f"{path}.{os.getpid()}.partial")
     try:
         yield partial
@@ -175,11 +177,12 @@ def whole(path):
         partial.unlink(missing_ok=True)
 
 
-def save_stores(path, adjacency: AdjacencyMatrix, ngrams: NGramIndex) -> None:
-    """Write both stores to a safetensors file, so that a later run starts warm. Raises OSError as `whole` does."""
+def save_stores(path, adjacency: AdjacencyMatrix, ngrams: NGramIndex, skip: int = 0) -> None:
+    """Write both stores, the index without its first `skip` tokens, to a safetensors file, so that a later run starts warm. Raises OSError
+    as `whole` does."""
     from safetensors.torch import save_file
     with whole(path) as partial:
-        save_file({"adjacency": adjacency.rows.cpu(), "tokens": torch.tensor(ngrams.tokens, dtype=torch.int32)}, partial)
+        save_file({"adjacency": adjacency.rows.cpu(), "tokens": torch.tensor(ngrams.tokens[skip:], dtype=torch.int32)}, partial)
 
 
 def load_stores(path, adjacency: AdjacencyMatrix, ngrams: NGramIndex) -> None:

@@ -7,8 +7,10 @@
 """
 
 import argparse
+import hashlib
 import importlib
 import json
+import math
 import os
 import platform
 import re
@@ -31,7 +33,7 @@ from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Seq
 from model import CheckpointError, Model, fetch_checkpoint, load_draft, load_model, read_json  # noqa: E402
 from render_template import render_template  # noqa: E402
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, whole  # noqa: E402
-from tree import Tree  # noqa: E402
+from tree import TARGET, Tree  # noqa: E402
 
 DEMO_HEAD = Path(__file__).resolve().parent / "assets" / "smollm2-135m-eagle3"
 DEMO_STORE = DEMO_HEAD.parent / "smollm2-135m-store.safetensors"   # tools/warm_store.py
@@ -41,7 +43,7 @@ PAPER = dict(budget=60, depth=7, draft_top_k=10, verify_cost=())   # EAGLE-3's d
 ABLATIONS = {                        # what bench runs besides the methods: the method, and what it changes
     "eagle_60": ("eagle", PAPER),
     "graft_60": ("graft", PAPER | {name: getattr(GraftConfig, name) for name in ("checkpoints", "thresholds", "retained", "trust")}),
-    "graft_at_root": ("graft", dict(graft_anchors=0)),
+    "graft_at_root": ("graft", dict(graft_anchors=0)),       # pruned; METHODS' graft_root is not
     "graft_no_adjacency": ("graft", dict(adjacency=False)),
     "graft_not_leaning": ("graft", dict(lean=False)),
     "graft_unmerged": ("graft", dict(merge=False)),
@@ -97,9 +99,10 @@ class Text:
         if (size := self.tokenizer.get_vocab_size()) > model.config.vocab_size:
             raise CheckpointError(f"{self.folder}: the tokenizer has {size} tokens, the model {model.config.vocab_size}: they do not belong together")
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, begin: bool = False) -> list[int]:
+        """begin: with the tokens that the tokenizer puts around a whole text, such as Llama's first."""
         try:
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
+            return self.tokenizer.encode(text, add_special_tokens=begin).ids
         except TypeError:
             raise ValueError("the text holds bytes or surrogates that are no text; expected UTF-8") from None
 
@@ -142,10 +145,9 @@ class Stream:
         before = self.text.decode(self.ids[self.window:self.shown])
         self.pending += fresh[len(before):]
         self.window, self.shown = self.shown, len(self.ids)    # decode the next piece behind this one: spaces come out right
-        for stop in self.stops:
-            if (found := (self.done[-len(stop):] + self.pending).find(stop)) >= 0:
-                self.pending = (self.done[-len(stop):] + self.pending)[len(self.done[-len(stop):]):found] if found > 0 else ""
-                last = True
+        for stop in self.stops:                                # none begins in what was shown: as much is held back
+            if (found := self.pending.find(stop)) >= 0:
+                self.pending, last = self.pending[:found], True
         held = 0 if last else max((len(stop) - 1 for stop in self.stops), default=0)
         out, self.pending = self.pending[:len(self.pending) - held], self.pending[len(self.pending) - held:]
         self.done += out
@@ -188,7 +190,7 @@ class Setup:
     tuned: dict               # by method, what tools/calibrate.py chose for this device
     folder: Path              # the target's checkpoint
     window: int | None        # of the draft head
-    store: Path | None        # --store: read if it is there, written at the end
+    store: Path | None        # --store: read if it is there, written at the end of an answer or a conversation
     warm: Path | None         # the demo model's own start
     draft: str | None = None  # --draft, for variants that load their own
 
@@ -200,6 +202,12 @@ class Setup:
         if start:
             load_stores(start, adjacency, ngrams)
         return State(self.model, (plan or self.plan("graft" if self.head else "retrieve")).new_drafter(), adjacency, ngrams)
+
+    def keep(self, state: State) -> None:
+        """Write --store; what comes from --corpus is read anew each time."""
+        if self.store:
+            count = len(self.corpus)
+            save_stores(self.store, state.adjacency, state.ngrams, count if state.ngrams.tokens[:count] == self.corpus else 0)
 
     def plan(self, method: str) -> Plan:
         """Of a method, an ablation or a variant. A variant's file has `prepare(setup, method)`, which returns a Plan's fields."""
@@ -234,7 +242,7 @@ class Setup:
 
     def ids(self, messages: list[dict]) -> list[int]:
         if not self.chat:
-            return self.text.encode(messages[-1]["content"])
+            return self.text.encode(messages[-1]["content"], begin=True)
         return self.text.prompt(([{"role": "system", "content": self.system}] if self.system is not None else []) + messages)
 
 
@@ -253,7 +261,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """bfloat16 wherever the hardware multiplies it, else float32."""
     if name != "auto":
         return getattr(torch, name)
-    fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -284,8 +295,12 @@ def set_up(args) -> Setup:
     path = Path(args.calibration) if args.calibration else path
     tuned = read_calibration(path) if path and (args.calibration or path.exists()) else {}
     for fields in tuned.values() if args.budget else ():
-        prices = fields.get("verify_cost", ())[:args.budget + 1]
-        fields |= {"budget": args.budget, "verify_cost": prices if len(prices) == args.budget + 1 else ()}
+        fields["budget"], prices = args.budget, fields.pop("verify_cost", ())
+        if len(prices) > args.budget:
+            fields["verify_cost"] = prices[:args.budget + 1]
+        elif prices:                            # a larger budget than was priced: the paper's stages share it out
+            for name in ("checkpoints", "thresholds", "retained", "trust"):
+                fields.pop(name, None)
     warm = DEMO_STORE if not args.model and not args.cold and DEMO_STORE.exists() else None
     return Setup(model, head, text, method, config, chat, args.system, corpus, tuned, folder, args.draft_window,
                  Path(args.store) if args.store else None, warm, args.draft)
@@ -339,7 +354,7 @@ def draw_tree(tree: Tree, path: list[int], text: Text, colour: bool) -> str:
         node, lead, below = stack.pop()
         token = json.dumps(text.tokenizer.decode([tree.tokens[node]], skip_special_tokens=False), ensure_ascii=False)
         label = paint(COLOURS[tree.sources[node]] + (";1" if node in taken else ""), token)
-        note = "" if node == 0 else f"  {tree.sources[node]} {2.718281828 ** tree.scores[node]:.2f}"
+        note = "" if node == 0 else f"  {tree.sources[node]} {math.exp(tree.scores[node]):.2f}"
         lines.append(lead + ("● " if node in taken else "○ ") + label + paint("2", note))
         kids = sorted(children.get(node, []), key=lambda kid: (kid not in taken, -tree.scores[kid]))
         for i, kid in reversed(list(enumerate(kids))):
@@ -366,8 +381,9 @@ def answer(setup: Setup, plan: Plan, ids: list[int], state: State, args, show=No
         for number, (_, step) in enumerate(run_rounds(setup.model, [sequence], plan.verify)):
             if args.show_tree and show and step.tree:
                 colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-                print(f"\nround {number}: {len(step.tree) - 1} nodes, {len(step.path) - 1} accepted, then the target's own "
-                      f"{json.dumps(setup.text.tokenizer.decode(step.tokens[-1:], skip_special_tokens=False), ensure_ascii=False)}")
+                own = json.dumps(setup.text.tokenizer.decode(step.tokens[-1:], skip_special_tokens=False), ensure_ascii=False)
+                print(f"\nround {number}: {len(step.tree) - 1} nodes, {len(step.path) - 1} accepted"
+                      + (f", then the target's own {own}" if step.sources[-1] == TARGET else ""))
                 print(draw_tree(step.tree, step.path, setup.text, colour), flush=True)
             emit(stream.push(step.tokens, bool(stats.finish)))
     except KeyboardInterrupt:
@@ -415,8 +431,7 @@ def command_generate(args) -> int:
         print(json.dumps(report, ensure_ascii=False), flush=True)
     elif not args.quiet:
         say(line)
-    if setup.store:
-        save_stores(setup.store, state.adjacency, state.ngrams)
+    setup.keep(state)
     return 130 if stats.finish == "interrupted" else 0
 
 
@@ -438,20 +453,19 @@ def command_chat(args) -> int:
         if line == "/reset":
             messages = []
             continue
-        messages.append({"role": "user", "content": check_text(line)})
+        turn = {"role": "user", "content": line}
         try:
-            ids = setup.ids(messages)
+            check_text(line)
+            ids = setup.ids([*messages, turn])
             _, text, stats, seconds = answer(setup, plan, ids, state, args, lambda piece: print(piece, end="", flush=True))
         except ValueError as error:
             say(f"error: {error}")
-            messages.pop()
             continue
-        messages.append({"role": "assistant", "content": text})
+        messages += [turn, {"role": "assistant", "content": text}]
         print("\n\n" + text if args.show_tree else "")
         if not args.quiet:
             say(summary(setup, setup.method, stats, seconds))
-    if setup.store:
-        save_stores(setup.store, state.adjacency, state.ngrams)
+    setup.keep(state)
     return 0
 
 
@@ -459,7 +473,7 @@ def command_chat(args) -> int:
 
 def read_prompts(path: str, per_task: int | None) -> list[dict]:
     prompts, counts = [], {}
-    for number, line in enumerate(read_text(path, "--prompts").splitlines(), 1):
+    for number, line in enumerate(read_text(path, "--prompts").split("\n"), 1):        # splitlines would cut inside JSON's strings too
         if not line.strip():
             continue
         try:
@@ -504,7 +518,7 @@ def total(runs: list[dict], plain: list[dict] | None) -> dict:
         slow = total(plain, None)
         ratios = sorted(r["tokens"] / r["seconds"] / (p["tokens"] / p["seconds"]) for r, p in zip(runs, plain))
         out |= {"speedup": round(out["tokens_per_second"] / slow["tokens_per_second"], 3),
-                "decode_speedup": round(out["decode_tokens_per_second"] / slow["decode_tokens_per_second"], 3),
+                "decode_speedup": round(out["decode_tokens_per_second"] / max(slow["decode_tokens_per_second"], 1e-9), 3),
                 "prompt_speedup_quartiles": quartiles(ratios)}
     return out
 
@@ -519,7 +533,7 @@ def divergence(exact: Model, config: GraftConfig, prompt: list[int], plain: list
     with torch.inference_mode():
         positions = torch.arange(len(prefix), device=exact.device)[None]
         logits = exact(torch.tensor([prefix], device=exact.device), positions, exact.new_cache(len(prefix)), last_only=True)[0][0]
-    scores = {}
+    scores = {}             # cut: as the sampler scores them; whole: so that a token which rounding pushed over an edge has a score too
     for name, rules in (("cut", config), ("whole", replace(config, top_k=0, top_p=1.0, min_p=0.0))):
         sampler = Sampler(rules, exact.config.vocab_size, exact.device)
         sampler.read(prefix)
@@ -539,10 +553,11 @@ def agreement(plain: list[list[int]], other: list[list[int]]) -> dict:
             "by_position": round(sum(map(sum, same)) / count, 4)}
 
 
-def finished(partial: Path, key: str) -> list[dict]:
-    """The prompts that an interrupted run of the same benchmark has finished; leaves a file that holds no others."""
+def finished(partial: Path, key: str, batch_size: int) -> list[dict]:
+    """The prompts that an interrupted run of the same benchmark has finished, in whole batches; leaves a file that holds no others."""
     lines = partial.read_text(encoding="utf-8").split("\n") if partial.exists() else []
     entire = lines[1:-1] if lines[:1] == [key] else []                    # behind the last newline: nothing, or half a line
+    entire = entire[:len(entire) // batch_size * batch_size]
     with whole(partial) as file:
         file.write_text("".join(line + "\n" for line in [key, *entire]), encoding="utf-8")
     return [json.loads(line) for line in entire]
@@ -575,6 +590,7 @@ def complete(setup: Setup, plan: Plan, batch: list[list[int]], args) -> list[tup
 def command_verify(args) -> int:
     """Compare methods with plain decoding, and plain decoding with itself where the prompt is read in other chunks."""
     prompts = read_prompts(args.prompts, args.limit_per_task)
+    writable(args.json)
     setup = set_up(args)
     plain, exact, found = setup.plan("ar"), setup.exact(), {}
     plans = {"ar, other chunks": replace(plain, config=replace(plain.config, prefill_chunk=61))}
@@ -603,17 +619,22 @@ def known(names: str, flag: str) -> list[str]:
     for name in names.split(","):
         if name not in EVERY:
             raise ValueError(f"{flag} names {name!r}; expected some of {','.join(EVERY)}")
-    return names.split(",")
+    return list(dict.fromkeys(names.split(",")))
+
+
+def writable(path: str | None) -> None:
+    """Find out before the hour's work whether the result can be written."""
+    if path:
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError(f"--json {path}: not a plain file")
+        with open(path, "a"):
+            pass
 
 
 def command_bench(args) -> int:
     methods = known(args.methods or "ar,retrieve", "--methods")
     prompts = read_prompts(args.prompts, args.limit_per_task)
-    if args.json:
-        if Path(args.json).exists() and not Path(args.json).is_file():
-            raise ValueError(f"--json {args.json}: not a plain file")
-        with open(args.json, "a"):      # find out before the hour's work whether it can be written
-            pass
+    writable(args.json)
     setup = set_up(args)
     if "ar" not in methods:
         methods = ["ar", *methods]
@@ -628,9 +649,9 @@ def command_bench(args) -> int:
             plan = plans[name] if whole_texts else replace(plans[name], config=replace(configs[name], max_new_tokens=8))
             complete(setup, plan, [ids], args)
     partial = Path(f"{args.json}.partial") if args.json else None       # finished prompts, so that an interrupted run goes on
-    key = json.dumps([environment(setup), {name: asdict(config) for name, config in configs.items()}, [p["id"] for p in prompts], args.batch_size])
-    done = finished(partial, key) if partial else []
-    done = done[:len(done) // args.batch_size * args.batch_size]
+    key = json.dumps([environment(setup), vars(args), {name: asdict(config) for name, config in configs.items()}, prompts])
+    key = hashlib.sha256(key.encode()).hexdigest()
+    done = finished(partial, key, args.batch_size) if partial else []
     resumed, began = len(done), time.perf_counter()
     for number in range(0, len(prompts), args.batch_size):
         batch = range(number, min(number + args.batch_size, len(prompts)))
@@ -646,8 +667,11 @@ def command_bench(args) -> int:
                                          "seconds": seconds, "peak_megabytes": peak, "rounds": stats.rounds, "steps": dict(stats.seconds), "nodes": dict(stats.nodes),
                                          "accepted": dict(stats.accepted), "stages": dict(stats.stages), "merged": {"nodes": stats.merged}}
             if partial:
-                with open(partial, "a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(one) + "\n" for one in found)
+                try:
+                    with open(partial, "a", encoding="utf-8") as file:
+                        file.writelines(json.dumps(one) + "\n" for one in found)
+                except OSError as error:
+                    raise OSError(f"{partial}: could not be written ({error})") from None
             done += found
         for one in done[batch.start:batch.stop]:
             for name in methods:
@@ -732,9 +756,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of sampling: one seed, one text, whatever the method")
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")
     add("--system", help="system message")
-    add("--stop", action="append", default=[], metavar="TEXT", help="stop behind this text; may be repeated")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text, which is not printed; may be repeated")
     add("--corpus", help="text file whose n-grams may be retrieved")
-    add("--store", help="file that keeps adjacency and n-grams between runs")
+    add("--store", help="file that keeps adjacency and n-grams between runs (bench and verify only read it)")
     add("--calibration", metavar="FILE", help="what tools/calibrate.py wrote (default: the demo model's, if this device has one)")
     add("--cold", action="store_true", help="start the demo model's adjacency matrix empty, not from assets/")
     args = parser.parse_args(argv if command == "generate" else argv[1:])

@@ -1155,10 +1155,11 @@ def test_a_mistake_gets_one_line(arguments, words):
 
 def test_an_interrupted_bench_goes_on_where_it_was(tmp_path):
     partial = tmp_path / "out.json.partial"
-    assert run.finished(partial, "key") == []
+    assert run.finished(partial, "key", 1) == []
     partial.write_text(partial.read_text() + '{"a": 1}\n{"a": 2}\n{"a"')
-    assert run.finished(partial, "key") == [{"a": 1}, {"a": 2}] == run.finished(partial, "key")
-    assert run.finished(partial, "other settings") == [] == run.finished(partial, "key")
+    assert run.finished(partial, "key", 1) == [{"a": 1}, {"a": 2}] == run.finished(partial, "key", 2)
+    assert run.finished(partial, "key", 3) == [] == run.finished(partial, "key", 1)       # of a batch that is not whole, nothing is kept
+    assert run.finished(partial, "other settings", 1) == [] == run.finished(partial, "key", 1)
 
 
 def test_bench_writes_its_table(tmp_path):

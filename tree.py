@@ -5,7 +5,7 @@ other node is one guess at a continuation. n counts nodes with the root; budgets
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -18,7 +18,8 @@ Branch = tuple[list[int], list[int], list[float]]   # tokens, parents (-1: the a
 
 @dataclass
 class Tree:
-    """Lists of length n. A parent always comes before its children, and no parent has two children with one token."""
+    """Lists of length n. A parent always comes before its children, and no parent has two children with one token, except after
+    `graft(merge=False)`."""
 
     tokens: list[int]
     parents: list[int] = field(default_factory=lambda: [-1])
@@ -68,13 +69,13 @@ class Tree:
         return [self.add(token, node, self.scores[node] + logprob, DRAFT)
                 for node, row, row_logprobs in zip(frontier, tokens, logprobs) for token, logprob in zip(row, row_logprobs)]
 
-    def best(self, nodes: list[int], k: int) -> list[int]:
+    def best(self, nodes: Iterable[int], k: int) -> list[int]:
         """The k likeliest of `nodes`, best first; of equals, the older."""
         return sorted(nodes, key=lambda node: (-self.scores[node], node))[:k]
 
     def top(self, k: int) -> "Tree":
         """The root and the k likeliest nodes, in the old order. Prefix-closed, because a child never scores above its parent."""
-        kept = [0] + sorted(self.best(list(range(1, len(self))), k))
+        kept = [0] + sorted(self.best(range(1, len(self)), k))
         return self.select(kept)
 
     def within(self, depth: int) -> "Tree":
@@ -98,7 +99,7 @@ class Tree:
         nodes were there already. Without `merge` (an ablation) it does not, and slots go to repetitions.
 
         Then chances are mixed (ours): n-grams say that with probability R the text goes on behind a node as it did before, with r for
-        this child; else it goes on as the head says. So a child has r + (1 - R) d, whoever proposed it."""
+        this child, R being the sum of r over the children; else it goes on as the head says. So a child has r + (1 - R) d, whoever proposed it."""
         if not branches:
             return 0
         before = [math.exp(score) for score in self.scores]
@@ -128,12 +129,12 @@ class Tree:
         return shared
 
     def worth(self, cost: Sequence[float]) -> "Tree":
-        """The root and as many of the likeliest nodes as pay. cost[n] is the price of verifying n nodes, in tokens; a node's
-        gain is its probability, exp(S): n is where the sum of gains most exceeds the price."""
-        best = self.best(list(range(1, len(self))), len(cost) - 1)
-        gains = accumulate((math.exp(self.scores[node]) for node in best), initial=0.0)
-        _, n = max((gain - cost[n], -n) for n, gain in enumerate(gains))
-        return self.top(-n)
+        """The root and as many of the likeliest nodes as pay. cost[n] is the price of verifying n nodes, in tokens: the
+        seconds that it takes, times the tokens a second that decoding reaches. A node's gain is its probability, exp(S): n is where the sum
+        of gains most exceeds the price."""
+        best = self.best(range(1, len(self)), len(cost) - 1)
+        gains = list(accumulate((math.exp(self.scores[node]) for node in best), initial=0.0))
+        return self.top(max(range(len(gains)), key=lambda n: gains[n] - cost[n]))
 
     # ------------------------------------------------------------------------------------------------------- verify
 
@@ -151,7 +152,7 @@ class Tree:
 
     def accept(self, picks: list[int]) -> list[int]:
         """The acceptance walk: picks[i] is the token the target puts after node i. Returns the nodes it agrees with, from the
-        root on, the root included; the pick at the last of them is the next root."""
+        root on, the root included; the pick at the last of them is the next root. A scan of all nodes: unmerged siblings may both agree."""
         agreed, deepest = {0}, 0
         for node, (parent, token) in enumerate(zip(self.parents, self.tokens)):
             if parent in agreed and token == picks[parent]:
