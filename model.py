@@ -917,9 +917,14 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, devic
     optional = {name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
         optional.add("lm_head.weight")
-    _fill(model, tensors, checkpoint_layout(model), dtype, device, optional, pack)
-    if config.tie_word_embeddings and model.lm_head.packed is None:
+    parts = checkpoint_layout(model)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = None                    # not read a second time
+    _fill(model, tensors, parts, dtype, device, optional, pack)
+    if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
+        if pack:
+            model.lm_head.pack()
     return model
 
 

@@ -585,6 +585,10 @@ def test_a_longer_match_wins_and_the_index_is_bounded():
     index = NGramIndex()
     index.append([9, 5, 6, 1, -1, 5, 6, 2, -1, 9, 5, 6])
     assert index.propose(1)[0] == [1] and set(index.propose(8)[0]) == {1, 2}
+    for length in (2, 3, 7, 8, 12):                                      # chances are those of the match's length, and grow with it as it is walked on
+        index = NGramIndex()
+        index.append([*range(length + 2), -1, *range(length)])
+        assert index.propose(2)[2] == pytest.approx([math.log(index.matches[min(length, 8)]), math.log(index.matches[min(length, 8)] * index.matches[min(length + 1, 8)])])
     small = NGramIndex(capacity=100, places=4)
     small.append([i % 7 for i in range(1000)])
     assert len(small.tokens) <= 100 and all(len(p) <= 4 for p in small.after.values()) and small.propose(3)[0] == [1000 % 7, 1001 % 7, 1002 % 7]
@@ -714,6 +718,8 @@ def test_eos_inside_an_accepted_path_cuts_there():
     drafter = Scripted(lambda length, depth, top_k: [(truth[length - len(prompt) + 1:][:19], -0.1)])
     got, stats = collect(MODEL, prompt, GraftConfig(method="eagle", max_new_tokens=20, eos_token_ids=(truth[at],)), state=State(MODEL, drafter))
     assert got == truth[:at + 1] and stats.finish == "eos" and stats.rounds == 1
+    last = list(generate(MODEL, prompt, GraftConfig(method="eagle", max_new_tokens=20, eos_token_ids=(truth[at],)), state=State(MODEL, drafter)))[-1]
+    assert [last.tree.tokens[node] for node in last.path[1:]] == last.tokens and TARGET not in last.sources
 
 
 def test_a_conversation_prefills_only_what_is_new_and_says_the_same():
@@ -724,6 +730,7 @@ def test_a_conversation_prefills_only_what_is_new_and_says_the_same():
         got, stats = collect(MODEL, prompt, config, state=state)
         assert got == plain_greedy(MODEL, prompt, 9)[0]
         assert stats.prompt_tokens == len(prompt)
+        assert len(state.ngrams.tokens) <= len(prompt) + len(got) + 9 * (turn + 1)      # what was known is not there again
         prompt = prompt + got + [turn, 3]
         state.rewind(prompt)
         assert state.cache.length >= len(prompt) - 4        # all but the last turn's end is cached
@@ -1117,6 +1124,9 @@ def test_the_demo_model_has_its_head_and_each_method_its_own_settings(demo):
     assert demo.method == graft.method == "graft" and demo.plan("graft").config == graft and demo.head is not None
     assert len(graft.verify_cost) == graft.budget + 1 and not eagle.verify_cost
     assert (paper.budget, paper.retained, paper.verify_cost) == (60, (8 / 60, 24 / 60, 40 / 60), ())
+    for budget, priced in ((3, 4), (60, 0)):           # without prices, a draft that fills the budget would leave no room to retrieve
+        config = run.set_up(run.parse(["x", "--dtype", "float32", "--device", "cpu", "--budget", str(budget)])).configure("graft")
+        assert (config.budget, len(config.verify_cost)) == (budget, priced) and config.retained == (graft if priced else paper).retained
 
 
 def test_users_cannot_write_control_tokens(demo):

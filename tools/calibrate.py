@@ -39,7 +39,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import run  # noqa: E402
-from demo_model import command_line  # noqa: E402
+from demo_model import command_line, tool  # noqa: E402
 from graft import GraftConfig, Sampler, Sequence, Stats, draft_and_prune, graft, retrieve  # noqa: E402
 from model import Model  # noqa: E402
 from tree import ADJACENCY, DRAFT, NGRAM, Tree  # noqa: E402
@@ -92,9 +92,9 @@ def measure(setup: run.Setup, length: int, repeats: int) -> tuple[list[float], f
 
         calls |= {"observe": observe, "expand": lambda: list(drafter.expand(7, 4, TOP_K, sampler))}
     times = median_ms(calls, repeats)
-    t, known = [], sorted(grid)
+    t = []
     for n in range(WIDEST + 1):
-        below, above = max(g for g in known if g <= n), min(g for g in known if g >= n)
+        below, above = max(g for g in grid if g <= n), min(g for g in grid if g >= n)
         t.append(times[below] + (times[above] - times[below]) * ((n - below) / max(above - below, 1)))
     for n in range(WIDEST - 1, -1, -1):      # a larger tree never costs less: what looks so is noise, or a padded kernel
         t[n] = min(t[n], t[n + 1])
@@ -116,14 +116,20 @@ def bandwidth(device) -> float:
     return block.numel() * block.element_size() / median_ms({"sum": lambda: block.sum().item()}, 7)["sum"] / 1e6
 
 
-def floor(model, t: list[float]) -> dict:
-    """What plain decoding cannot beat: its weights read once, at the bandwidth that a large sum reaches on this device."""
-    speed = bandwidth(model.device)
+def bytes_read(model) -> float:
+    """Of weights by a forward of one row: all but the embeddings and, of a mixture, the experts that it does not choose."""
     c, size = model.config, 2 if model.lm_head.scale else model.norm.weight.element_size()      # scale: float32, packed as float16
     with torch.device("meta"):
-        weights = sum(p.numel() for p in Model(c).parameters()) - c.vocab_size * c.hidden_size        # of the embeddings one row is read
-    ms = weights * size / speed / 1e6
-    return {"gigabytes_per_second": round(speed, 1), "weights_megabytes": round(weights * size / 1e6, 1), "milliseconds": round(ms, 2),
+        tensors = dict(Model(c).named_parameters())
+    idle = 1 - c.num_experts_per_tok / c.num_experts if c.num_experts else 0.0
+    return size * sum(p.numel() * (1 - idle * (p.dim() == 3)) for name, p in tensors.items() if "embed_tokens" not in name)
+
+
+def floor(model, t: list[float]) -> dict:
+    """What plain decoding cannot beat: its weights read once, at the bandwidth that a large sum reaches on this device."""
+    speed, weights = bandwidth(model.device), bytes_read(model)
+    ms = weights / speed / 1e6
+    return {"gigabytes_per_second": round(speed, 1), "weights_megabytes": round(weights / 1e6, 1), "milliseconds": round(ms, 2),
             "plain_over_floor": round(t[0] / ms, 2), "verify_8_over_plain": round(t[7] / t[0], 2), "verify_16_over_plain": round(t[15] / t[0], 2)}
 
 
@@ -211,7 +217,7 @@ def nodes_of(tree: Tree, future: list[int]) -> list[tuple]:
     for node in range(1, len(tree)):
         if tree.parents[node] in went and tree.depths[node] <= len(future) and tree.tokens[node] == future[tree.depths[node] - 1]:
             went.add(node)
-    return [(math.exp(tree.scores[i]), i in went, tree.sources[i]) for i in tree.best(list(range(1, len(tree))), len(tree))]
+    return [(math.exp(tree.scores[i]), i in went, tree.sources[i]) for i in tree.best(range(1, len(tree)), len(tree))]
 
 
 class Scorer:
@@ -220,9 +226,9 @@ class Scorer:
     def __init__(self, texts, t, observe, head, rest):
         self.texts, self.t, self.observe, self.head, self.rest = texts, t, observe, head, rest
 
-    def walk(self, decide) -> dict:
+    def walk(self, decide, retrieves: bool = True) -> dict:
         """decide(position) -> (steps, nodes, n): expansion steps taken (-1: no draft head at all), nodes likeliest first, how
-        many of them to verify."""
+        many of them to verify. t_rest is of methods that retrieve."""
         tokens = rounds = spent = verified = 0
         for rounds_of in self.texts:
             at = 0
@@ -230,7 +236,7 @@ class Scorer:
                 steps, nodes, n = decide(rounds_of[at])
                 n = min(n, len(nodes))
                 accepted = sum(went for _, went, _ in nodes[:n])
-                spent += self.t[n] + self.rest + (self.observe + steps * self.head if steps >= 0 else 0)
+                spent += self.t[n] + self.rest * retrieves + (self.observe + steps * self.head if steps >= 0 else 0)
                 tokens, rounds, verified, at = tokens + accepted + 1, rounds + 1, verified + n, at + accepted + 1
         return {"tokens_per_second": 1000 * tokens / spent, "tokens_a_round": tokens / rounds, "nodes_a_round": verified / rounds}
 
@@ -258,7 +264,7 @@ class Scorer:
             steps = self.stop(position, taus, depth)
             nodes = position[method][steps]
             return steps, nodes, self.cut(nodes, rate)
-        return self.walk(decide)
+        return self.walk(decide, method != "prune")
 
 
 def choose(score: Scorer, method: str) -> dict:
@@ -307,9 +313,15 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="committed tokens when t(n) is measured")
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
+    if args.draft and not (args.model or args.out):
+        raise ValueError("--draft without --model needs --out: what is calibrated by default is for the shipped head")
+    if args.out:
+        run.writable(args.out)
     given = [word for name in ("model", "draft", "device") if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
     options = run.parse(["calibrating", "--dtype", args.dtype, *given])
     setup = run.set_up(options)
+    if setup.model.device.type == "cuda":
+        torch.cuda.set_device(setup.model.device)
     prompts = [setup.ask(p["text"]) for p in run.read_prompts(args.prompts, None)]
     t, observe, head = measure(setup, args.length, args.repeats)
     print("t(n), ms:", {n: round(t[n], 1) for n in (0, 3, 7, 15, 31, 60)}, f"observe {observe:.2f}, head step {head:.2f}")
@@ -327,11 +339,11 @@ def main() -> None:
     rest = bookkeeping(setup, prompts[:4], options)
     score = Scorer(texts, t, observe, head, rest)
     methods = {"retrieve": choose(score, "retrieve")}
-    plain = score.walk(lambda position: (-1, [], 0))
+    plain = score.walk(lambda position: (-1, [], 0), retrieves=False)
     if setup.head:
         methods |= {"prune": choose(score, "prune"), "graft": choose(score, "graft")}
         methods["graft"]["config"]["trust"] = trust
-        fixed = {(depth, n): score.walk(lambda position: (depth, position["prune"][depth], n))
+        fixed = {(depth, n): score.walk(lambda position: (depth, position["prune"][depth], n), retrieves=False)
                  for depth in range(DEPTH + 1) for n in (3, 4, 5, 6, 7, 9, 11, 13, 15, 19, 23, 31)}
         depth, n = max(fixed, key=lambda key: fixed[key]["tokens_per_second"])
         methods["eagle"] = {"config": {"budget": n, "draft_top_k": TOP_K, "depth": depth}, "predicted": fixed[depth, n]}
@@ -353,4 +365,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tool(main)

@@ -37,6 +37,17 @@ def command_line(script: str) -> str:
     return f"python {script} " + " ".join(a if "/" not in a else Path(a).name for a in sys.argv[1:])
 
 
+def tool(main) -> None:
+    """Run a script's main: bad input is one line and exit status 1, Ctrl-C is 130."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, SafetensorError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
 def demo_model(say=print) -> Path:
     """The demo model's folder, downloaded or converted on first use. Raises ValueError with one line that says what failed.
 
@@ -110,7 +121,8 @@ def convert(gguf: Path, out: Path) -> None:
                 value = value.view(h, value.shape[0] // h // 2, 2, -1).transpose(1, 2).reshape(value.shape)
             key = f"model.layers.{layer}.{names[name]}.weight"
         else:
-            key = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[entry.name]
+            key = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
+                   "output.weight": "lm_head.weight"}[entry.name]
         tensors[key] = value.to(torch.bfloat16).contiguous()
     tokens, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
     out.mkdir(parents=True)
@@ -143,15 +155,19 @@ def convert(gguf: Path, out: Path) -> None:
         "bos_token_id": field("tokenizer.ggml.bos_token_id"), "eos_token_id": field("tokenizer.ggml.eos_token_id")})
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gguf", nargs=2, metavar=("FILE", "OUT"), help="convert FILE into the new folder OUT")
     arguments = parser.parse_args()
+    if not arguments.gguf:
+        return print(demo_model(lambda text: print(text, file=sys.stderr)))
+    file, out = arguments.gguf
     try:
-        if arguments.gguf:
-            convert(Path(arguments.gguf[0]), Path(arguments.gguf[1]))
-            print(arguments.gguf[1])
-        else:
-            print(demo_model(lambda text: print(text, file=sys.stderr)))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        convert(Path(file), Path(out))
+    except KeyError as error:
+        raise ValueError(f"{file}: {error} is missing or unknown; expected a Llama with a byte-level BPE tokenizer") from None
+    print(out)
+
+
+if __name__ == "__main__":
+    tool(main)

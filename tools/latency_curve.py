@@ -17,8 +17,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from calibrate import bandwidth, median_ms  # noqa: E402
-from demo_model import command_line  # noqa: E402
+from calibrate import bandwidth, bytes_read, median_ms  # noqa: E402
+from demo_model import command_line, tool  # noqa: E402
 from model import Linear, Model, ModelConfig  # noqa: E402
 from tree import DRAFT, Tree  # noqa: E402
 
@@ -78,16 +78,14 @@ def main() -> None:
     parser.add_argument("--json", required=True)
     args = parser.parse_args()
     config = SHAPES[args.shape]
+    if torch.device(args.device).index:
+        torch.cuda.set_device(args.device)
     if args.layers:
         config = replace(config, num_hidden_layers=args.layers, moe_layers=tuple(i for i in config.moe_layers if i < args.layers))
     model = random_model(config, getattr(torch, args.dtype), args.device)
     times, peaks = curve(model, args.length, [0, 1, 3, 7, 15, 31, 60], args.repeats)
-    speed, size = bandwidth(model.device), torch.empty(0, dtype=model.dtype).element_size()
-    with torch.device("meta"):
-        tensors = dict(Model(config).named_parameters())
-    idle = 1 - config.num_experts_per_tok / config.num_experts if config.num_experts else 0.0          # experts that one row does not choose
-    read = sum(p.numel() * (1 - idle * (p.dim() == 3)) for name, p in tensors.items() if "embed_tokens" not in name)
-    floor = read * size / speed / 1e6
+    speed = bandwidth(model.device)
+    floor = bytes_read(model) / speed / 1e6
     report = {"command": command_line("tools/latency_curve.py"), "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine(),
               "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": args.dtype, "layers": config.num_hidden_layers, "committed_tokens": args.length,
               "gigabytes_per_second": round(speed, 1), "floor_ms_one_row": round(floor, 3), "milliseconds_by_nodes": times,
@@ -97,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tool(main)

@@ -270,6 +270,23 @@ def test_control_tokens_are_text_unless_asked(folder):
     assert text.encode_control(words) == [256, 257] * 3
 
 
+def test_without_a_template_a_text_begins_as_its_tokenizer_says(tmp_path, capsys):
+    from tokenizers import Tokenizer, processors
+    tokenizer = Tokenizer.from_file(str(small(tmp_path) / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{CONTROL[0]} $A", special_tokens=[(CONTROL[0], 256)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for flag, tokens in (("--no-chat", 2), ("--chat", 4)):
+        assert run.main(["a", flag, "--model", str(tmp_path), "--max-new-tokens", "2", "--json", "--dtype", "float32", "--device", "cpu"]) == 0
+        assert json.loads(capsys.readouterr().out)["statistics"]["prompt_tokens"] == tokens
+
+
+def test_a_method_named_twice_runs_once_and_odd_lines_are_read(tmp_path):
+    assert run.known("ar,graft,ar", "--methods") == ["ar", "graft"]
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"id": 1, "task": "t", "turns": ["a\u2028b\x85c"]}, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    assert [p["text"] for p in run.read_prompts(str(path), None)] == ["a\u2028b\x85c"]
+
+
 @pytest.mark.parametrize("method", ["ar", "retrieve", "eagle", "graft"])
 def test_a_prompt_at_the_end_of_the_context(method):
     config, limit = GraftConfig(method=method, eos_token_ids=()), base.MODEL.config.max_position_embeddings
@@ -334,6 +351,23 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with whole(link) as partial:
         partial.write_text("new")
     assert path.read_text() == "new" and link.is_symlink() and len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(OSError, match="not a plain file"), whole(tmp_path):
+        pass
+
+
+def test_what_cannot_take_the_result_is_told_before_the_work(command, tmp_path):
+    (tmp_path / "p").write_text(json.dumps({"id": 1, "task": "t", "turns": ["hi"]}))
+    for name in ("bench", "verify"):
+        code, out, error = command(name, "--prompts", str(tmp_path / "p"), "--methods", "ar", "--json", str(tmp_path))
+        assert code == 1 and not out and one_line(error, "not a plain file")
+
+
+def test_a_corpus_is_not_kept_in_the_store(command, tmp_path):
+    (tmp_path / "corpus").write_text("z" * 50)
+    for size in (1, 2):
+        assert command("a", "--corpus", str(tmp_path / "corpus"), "--store", str(tmp_path / "s"), "--max-new-tokens", "3", "--quiet")[0] == 0
+        kept = load_file(tmp_path / "s")["tokens"].tolist()
+        assert len(kept) < 20 * size and kept.count(-1) >= size
 
 
 def test_a_store_of_other_tensors_is_refused(tmp_path):
@@ -410,11 +444,12 @@ def test_ctrl_c_in_bench_leaves_what_is_finished(command, tmp_path, monkeypatch)
 
 
 def test_ctrl_c_in_chat_ends_the_answer_then_the_conversation(folder, monkeypatch, capsys):
-    lines = iter(["one", "two", ""])
+    lines = iter(["one", "\udcff", "two", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     struck(monkeypatch, model.Model, "forward", 3)
     assert run.main(["chat", "--model", str(folder), "--method", "ar", "--max-new-tokens", "5", "--dtype", "float32"]) == 0
-    assert [line.split(" in ")[0] for line in capsys.readouterr().err.splitlines()[1:]] == ["2 tokens", "5 tokens"]
+    assert [line.split(" in ")[0] for line in capsys.readouterr().err.splitlines()[1:]] == \
+        ["2 tokens", "error: the prompt holds bytes or surrogates that are no text; expected UTF-8", "5 tokens"]
 
 
 def test_a_signal_while_importing_or_decoding_ends_a_process_cleanly(folder):

@@ -1,4 +1,5 @@
-"""Train a DFlash block drafter (variants/dflash.py) on the text and features that tools/train_eagle3.py has stored.
+"""Train a DFlash block drafter (variants/dflash.py) on the text that tools/train_eagle3.py has stored; features are stored on a CPU,
+computed on a GPU.
 
     python tools/train_eagle3.py generate --tokens 2000000       # or: text --read
     python tools/train_dflash.py --out assets/smollm2-135m-dflash
@@ -24,11 +25,11 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "variants")]
-from demo_model import command_line  # noqa: E402
+from demo_model import command_line, tool  # noqa: E402
 from dflash import DFlash, stacked  # noqa: E402
 from model import Model, NoCache, default_taps, load_model, unstacked  # noqa: E402
 from retrieval import whole  # noqa: E402
-from train_eagle3 import Texts, data_folder, descend, learning_rate, model_folder, new_optimizers, report_progress  # noqa: E402
+from train_eagle3 import Texts, data_folder, descend, learning_rate, model_folder, new_optimizers, report_progress, training_state  # noqa: E402
 
 
 class BlockCache(NoCache):
@@ -133,12 +134,12 @@ def train(args) -> None:
     if len(shards) < 2:
         raise SystemExit(f"error: {data} holds fewer than two shards of self-made text; run 'python tools/train_eagle3.py generate' first")
     held, state_file = Texts(shards[:1], target, args.held_out), data / f"{args.name}.pt"
-    state = torch.load(state_file, map_location=args.device, weights_only=True) if state_file.exists() else None
+    settings = "layers", "block", "vocab", "spacing", "fade", "lr"
+    state = training_state(state_file, args, "net", settings)
     for name, low, high in (("layers", 1, L - 1), ("block", 2, 64)):
         value = getattr(args, name)
-        if not low <= value <= high or state and value != state[name]:
-            accepted = f"{state[name]}, as in {state_file}" if state else f"{low} to {high}"
-            raise SystemExit(f"error: argument --{name} is {value}; expected {accepted}")
+        if not low <= value <= high:
+            raise SystemExit(f"error: argument --{name} is {value}; expected {low} to {high}")
     counts = sum(torch.bincount(safe_open(path, "pt").get_tensor("tokens").long(), minlength=target.config.vocab_size) for path in shards)
     mask = state["mask"] if state else int(counts.argmin())                        # a token that the text does not use
     rows = target.lm_head.weight[counts.argsort(descending=True, stable=True)[:args.vocab]]   # the loss is taken over what it uses most
@@ -177,8 +178,8 @@ def train(args) -> None:
                 print(json.dumps(history[-1]), flush=True)
             if time.time() - saved_at > 300 or seen >= args.tokens:
                 with whole(state_file) as file:
-                    torch.save({"net": net.state_dict(), "mask": mask, "layers": args.layers, "block": args.block, "seen": seen,
-                                "updates": updates, "history": history, "optimizers": [o.state_dict() for o in optimizers]}, file)
+                    torch.save({"net": net.state_dict(), "mask": mask, "seen": seen, "updates": updates, "history": history,
+                                "optimizers": [o.state_dict() for o in optimizers], **{name: getattr(args, name) for name in settings}}, file)
                 saved_at = time.time()
             if seen >= args.tokens:
                 break
@@ -202,7 +203,7 @@ def main() -> None:
     parser.add_argument("--spacing", type=int, default=4, help="tokens of an answer for each block that is rooted in it")
     parser.add_argument("--fade", type=float, default=0.8, help="weight of a position's loss relative to the one before")
     parser.add_argument("--lr", type=float, default=2.5e-2)
-    parser.add_argument("--decay", type=float, default=0.6, help="last share of the run, in which the learning rate falls to 0")
+    parser.add_argument("--decay", type=float, default=0.6, help="last share of the run, in which the learning rate falls to 2%%")
     parser.add_argument("--validate", type=int, default=500, help="updates between validations")
     parser.add_argument("--held-out", type=int, default=80, help="conversations of the first shard to validate on")
     parser.add_argument("--seed", type=int, default=0)
@@ -210,4 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tool(main)

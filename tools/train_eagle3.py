@@ -1,7 +1,9 @@
-"""Text to train an EAGLE-3 head on, written by any target that model.py loads. No download, no dataset.
+"""Self-made text, written by any target that model.py loads, and the training of an EAGLE-3 head on it. No download, no dataset.
 
+    python tools/train_eagle3.py text --read                    # the demo model's text that is shipped, or:
     python tools/train_eagle3.py generate --tokens 4000000      # resumable: finished shards are kept and counted
     python tools/train_eagle3.py generate --compose --length 1024 --tokens 5000000      # and 1M with long prompts
+    python tools/train_eagle3.py train --out HEAD               # resumable
 
 The target samples a user turn from the open user slot of its chat template (seven in ten after a short opener that names a
 kind of task), the template's own tokens close it, and the target answers, greedily or at a temperature. Long prompts are composed
@@ -26,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "assets" / "smollm2-135m-text.safetensors"
 SHARD = 250      # conversations in each shard that is made from TEXT; the first shard is held out
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from demo_model import cache_folder, command_line, demo_model  # noqa: E402
+from demo_model import cache_folder, command_line, demo_model, tool  # noqa: E402
 from model import Eagle3, KVCache, Model, NoCache, _stacked, default_taps, fetch_checkpoint, load_eagle3, load_model, unstacked  # noqa: E402
 from retrieval import whole  # noqa: E402
 
@@ -90,7 +92,8 @@ class Writer:
         prefix, self.closing = words.encode_control(before), words.encode_control(after)
         self.kinds = [([prefix + words.encode(opener.rstrip(" ")) for opener in openers], lengths, share) for openers, lengths, share in KINDS]
         self.forms = [(prefix + words.encode(start), words.encode(between), question and words.encode(question)) for start, between, question in FORMS]
-        self.stock = [(tokens[len(prefix):start - len(self.closing)], tokens[start:-1]) for tokens, start in stock]
+        most = len(self.closing) + max(len(given) + max(lengths) for openers, lengths, _ in self.kinds for given in openers)   # composed prompts are longer
+        self.stock = [(tokens[len(prefix):start - len(self.closing)], tokens[start:-1]) for tokens, start in stock if start <= most]
         self.model, self.args, self.taps, self.rng = model, args, taps, random.Random(args.seed)
         b, n, device = args.batch, args.length, model.device
         self.cache = RingCache(model.config, n, model.dtype, device, b)
@@ -197,9 +200,9 @@ def generate(args) -> None:
     args.seed += number
     model = load_model(folder, dtype=args.dtype, device=args.device, pack=False)
     stock = [text for path in done[1:] for text in read_text(path)] if args.compose else []
-    if args.compose and not stock:
-        raise SystemExit(f"error: --compose needs answers to compose prompts of; {data} holds fewer than two shards: run 'generate' without it first")
     writer = Writer(model, Text(folder), args, four_taps(model) if stores_features(args) else (), stock)
+    if args.compose and not writer.stock:
+        raise SystemExit(f"error: --compose needs answers to compose prompts of; {data} holds none after its first shard: run 'generate' without it first")
     kept, began, made, steps = [], time.time(), 0, 0
     while have < args.tokens:
         writer.step()
@@ -278,6 +281,8 @@ class Texts:
     """The conversations of some shards: tokens in memory, features from disk where they are there, else from the target."""
 
     def __init__(self, shards: list[Path], target: Model, most: int = 2**31):
+        if most < 1:
+            raise ValueError(f"--held-out is {most}; expected 1 or more")
         self.target, self.entries, tokens, base = target, [], [], 0
         for path in shards:
             file, at = safe_open(path, "pt"), 0
@@ -287,7 +292,7 @@ class Texts:
                 self.entries.append((base + at, size, answer_from, stored, at))
                 at += size
             base += at
-        self.entries = self.entries[::max(1, len(self.entries) // most)]     # spread out: short conversations are finished first
+        self.entries = self.entries[::max(1, len(self.entries) // most)][:most]     # spread out: short conversations are finished first
         self.tokens, self.text = sum(entry[1] for entry in self.entries), torch.cat(tokens).to(target.device)
 
     def batches(self, rng: random.Random, size: int):
@@ -328,14 +333,18 @@ def new_head(target: Model, d2t: torch.Tensor) -> Eagle3:
                      architecture="LlamaForCausalLMEagle3", tie_word_embeddings=False)
     head = Eagle3(config, default_taps(layers))
     head.embed_tokens, head.d2t = None, d2t                                        # shared with the target, whose dtype it keeps
-    source = target.layers[layers - 2]
+    source, theirs = target.layers[layers - 2], dict(target.layers[layers - 2].named_parameters())
     with torch.no_grad():
         head.fc.weight.normal_(std=0.3 * (3 * H)**-0.5)
         head.fc.weight[:, 2 * H:] += torch.eye(H)
         qkv = source.self_attn.qkv_proj.weight.float()
         head.self_attn.qkv_proj.weight.copy_(torch.cat((torch.randn_like(qkv) * qkv.std(), qkv), dim=1))
         for name in ("self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj", "post_attention_layernorm"):
-            head.get_submodule(name).weight.copy_(source.get_submodule(name).weight)
+            own, given = head.get_submodule(name).weight, theirs.get(f"{name}.weight")
+            if given is not None and given.shape == own.shape:
+                own.copy_(given)
+            else:                                                                  # the target's layer has experts
+                own.normal_(std=0.3 * own.shape[1]**-0.5)
         for norm, weight in ((head.input_layernorm, torch.ones(H)), (head.hidden_norm, source.input_layernorm.weight), (head.norm, target.norm.weight * 0.3)):
             norm.weight.copy_(weight)
         head.lm_head.weight.copy_(target.lm_head.weight[torch.arange(len(d2t), device=d2t.device) + d2t])
@@ -407,6 +416,21 @@ def report_progress(seen: int, tokens: int, loss: float, speed: float) -> None:
     print(f"{seen:,} of {tokens:,} tokens, loss {loss:.4f}, {speed:.0f} tokens/s, about {(tokens - seen) / speed / 60:.0f} min left", flush=True)
 
 
+def training_state(file: Path, args, part: str, settings: tuple[str, ...]) -> dict | None:
+    """What an earlier call of the same training saved, if it did; refuses another tool's, and that of a run with other settings."""
+    if not file.exists():
+        return None
+    state = torch.load(file, map_location=args.device, weights_only=True)
+    if part not in state:
+        raise SystemExit(f"error: {file} is another tool's training state; give another --name, or delete the file")
+    for name in settings:
+        value = getattr(args, name)
+        if state.get(name, value) != value:
+            raise SystemExit(f"error: argument --{name.replace('_', '-')} is {value}, but {file} was begun with {state[name]}; "
+                             "give another --name, or delete the file")
+    return state
+
+
 def train(args) -> None:
     """Minimise the cross-entropy to the target's distribution on the draft vocabulary, in every chained step (training-time test);
     a batch has a random number of them.
@@ -420,8 +444,13 @@ def train(args) -> None:
     if len(shards) < 2:
         raise SystemExit("error: fewer than two shards of self-made text; run the command 'generate' first")
     held, state_file = Texts(shards[:1], target, args.held_out), data / f"{args.name}.pt"
-    state = torch.load(state_file, map_location=args.device, weights_only=True) if state_file.exists() else None
-    start = load_eagle3(args.start, target, pack=False).state_dict() if args.start and not state else None
+    settings = "start", "draft_vocab", "steps", "fade", "user_weight", "lr"
+    state, start = training_state(state_file, args, "head", settings), None
+    if args.start and not state:
+        start = load_eagle3(args.start, target, pack=False)
+        if start.taps != (taps := default_taps(target.config.num_hidden_layers)):
+            raise SystemExit(f"error: --start {args.start}: the head reads the outputs of layers {start.taps}; expected {taps}")
+        start = start.state_dict()
     if state:
         d2t = state["head"]["d2t"]
     else:
@@ -450,14 +479,15 @@ def train(args) -> None:
         row = row_of[d2t + torch.arange(len(d2t), device=d2t.device)]
         with torch.no_grad():
             head.lm_head.weight[row >= 0] = start["lm_head.weight"][row[row >= 0]].float()
-        head.load_state_dict({name: value for name, value in start.items() if name not in ("d2t", "lm_head.weight")}, strict=False)
+        head.load_state_dict({name: value for name, value in start.items() if name not in ("d2t", "lm_head.weight", "embed_tokens.weight")}, strict=False)
     rng = random.Random(args.seed + updates)
     began, start_seen, running, saved_at = time.time(), seen, None, time.time()
 
     def save():
         keep = {name: value for name, value in head.state_dict().items() if "embed" not in name}
         with whole(state_file) as file:
-            torch.save({"head": keep, "optimizers": [o.state_dict() for o in optimizers], "seen": seen, "updates": updates, "history": history}, file)
+            torch.save({"head": keep, "optimizers": [o.state_dict() for o in optimizers], "seen": seen, "updates": updates, "history": history,
+                        **{name: getattr(args, name) for name in settings}}, file)
 
     while seen < args.tokens:
         texts = Texts(sorted(data.glob("shard-*.safetensors"))[1:], target)          # what `generate` has added meanwhile counts
@@ -499,25 +529,33 @@ def text(args) -> None:
     """Put the text of all shards, without features, into one small file; with --read, make shards from such a file."""
     data = data_folder(args)
     if not args.read:
-        tokens, lengths = zip(*((f.get_tensor("tokens"), f.get_tensor("lengths")) for f in
-                                (safe_open(p, "pt") for p in sorted(data.glob("shard-*.safetensors")))))
-        save_file({"tokens": torch.cat(tokens).to(torch.uint16), "lengths": torch.cat(lengths).to(torch.uint16)}, args.file)
+        shards = [safe_open(path, "pt") for path in sorted(data.glob("shard-*.safetensors"))]
+        if not args.file:
+            raise SystemExit("error: 'text' needs a file to write, or --read")
+        if not shards:
+            raise SystemExit(f"error: {data} holds no self-made text; run the command 'generate' first")
+        tensors = {name: torch.cat([shard.get_tensor(name) for shard in shards]) for name in ("tokens", "lengths")}
+        with whole(args.file) as file:
+            save_file({name: value.to(torch.uint16 if value.max() < 2**16 else torch.int32) for name, value in tensors.items()}, file)
         return
-    target = load_model(model_folder(args), dtype=args.dtype, device=args.device, pack=False)
+    texts = read_text(Path(args.file or TEXT))
+    if stores_features(args):
+        target = load_model(model_folder(args), dtype=args.dtype, device=args.device, pack=False)
     data.mkdir(parents=True, exist_ok=True)
-    texts = read_text(Path(args.file))
     shards = -(-len(texts) // SHARD)
     for number in range(shards):
         part, path = texts[number * SHARD:(number + 1) * SHARD], data / f"shard-{number:05d}.safetensors"
         if path.exists():
+            if read_text(path)[:1] != part[:1]:
+                raise SystemExit(f"error: {path} holds other text; give another --data, or delete its shards")
             continue
         found = []
         with torch.inference_mode():
             for tokens, answer_from in part:
-                ids, features = torch.tensor([tokens], device=target.device), None
+                ids, features = torch.tensor([tokens]), None
                 if stores_features(args):
                     features = features_of(target, ids, target.new_cache(len(tokens)))[0].to(torch.bfloat16)
-                found.append((ids[0].int().cpu(), answer_from, features))
+                found.append((ids[0].int(), answer_from, features))
         write_shard(path, found)
         print(f"\r{number + 1} of {shards} shards", end="", flush=True)
     print()
@@ -539,8 +577,8 @@ def write_shard(path: Path, conversations: list) -> None:
     tensors = {"tokens": torch.cat(tokens), "lengths": torch.tensor([[len(t), a] for t, a in zip(tokens, starts)], dtype=torch.int32)}
     if features[0] is not None:
         tensors["features"] = torch.cat(features)
-    save_file(tensors, path.with_name("partial"), metadata={"tokens": str(len(tensors["tokens"]))})
-    path.with_name("partial").rename(path)
+    with whole(path) as partial:
+        save_file(tensors, partial, metadata={"tokens": str(len(tensors["tokens"]))})
 
 
 def shard_tokens(path: Path) -> int:
@@ -565,15 +603,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("generate", help="let the target write prompts and answers")
-    make.add_argument("--tokens", type=int, default=4_000_000)
+    make.add_argument("--tokens", type=int, default=4_000_000, help="in all; on a CPU each takes 8 x hidden_size bytes of disk")
     make.add_argument("--batch", type=int, default=256)
     make.add_argument("--length", type=int, default=512, help="longest conversation, in tokens")
     make.add_argument("--answer-length", type=int, default=200)
-    make.add_argument("--compose", action="store_true", help="make long prompts, up to three quarters of --length, of the answers that are there")
+    make.add_argument("--compose", action="store_true", help="make long prompts, documents up to three quarters of --length, of the answers that are there")
     make.add_argument("--greedy-share", type=float, default=0.8, help="share of the answers decoded greedily; the rest at temperature 0.7")
     make.add_argument("--shard-tokens", type=int, default=100_000)
     words = commands.add_parser("text", help="write the text alone into one small file, or make shards from it")
-    words.add_argument("file", nargs="?", default=str(TEXT))
+    words.add_argument("file", nargs="?", help="with --read, default: the shipped text of the demo model")
     words.add_argument("--read", action="store_true", help="make shards from the file")
     fit = commands.add_parser("train", help="train a head on it")
     fit.add_argument("--out", required=True, help="folder for the finished head")
@@ -586,7 +624,7 @@ def main() -> None:
     fit.add_argument("--user-weight", type=float, default=0.3, help="weight of the user's turn in the loss")
     fit.add_argument("--batch-tokens", type=int, default=2048)
     fit.add_argument("--lr", type=float, default=2e-3)
-    fit.add_argument("--decay", type=float, default=0.5, help="last share of the run, in which the learning rate falls to 0")
+    fit.add_argument("--decay", type=float, default=0.5, help="last share of the run, in which the learning rate falls to 2%%")
     fit.add_argument("--validate", type=int, default=500, help="updates between validations")
     fit.add_argument("--held-out", type=int, default=80, help="conversations of the first shard to validate on")
     args = parser.parse_args()
@@ -595,4 +633,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tool(main)

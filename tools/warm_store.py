@@ -3,8 +3,8 @@
     python tools/warm_store.py --out assets/smollm2-135m-store.safetensors
 
 Every token of the text updates its row as in a live run, so the file holds what a user who had generated that text would
-have. It also prints, on held-out text, how often the r-th token of a row comes next, before and after warming, and how often
-the text goes on as after an m-token match: the figures behind RANK_PROBABILITIES and MATCH_PROBABILITIES in retrieval.py.
+have. Then it prints, on held-out text, how often the r-th token of a row comes next, and how often the text
+goes on as after an m-token match: the figures behind RANK_PROBABILITIES and MATCH_PROBABILITIES in retrieval.py.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+from demo_model import tool  # noqa: E402
 from model import load_model  # noqa: E402
 from retrieval import AdjacencyMatrix, NGramIndex, save_stores  # noqa: E402
 from train_eagle3 import data_folder, model_folder  # noqa: E402
@@ -28,17 +29,17 @@ def main() -> None:
     parser.add_argument("--model", help="folder or Hub id (default: the demo model)")
     parser.add_argument("--data", help="folder of self-made text (default: in Graft's cache)")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--k", type=int, default=8)
     args = parser.parse_args()
     model = load_model(model_folder(args), pack=False)
     H = model.config.hidden_size
     shards = sorted(data_folder(args).glob("shard-*.safetensors"))
     if len(shards) < 2:
         raise SystemExit("error: fewer than two shards of self-made text; run tools/train_eagle3.py generate first")
-    matrix = AdjacencyMatrix(model.config.vocab_size, args.k)
+    matrix = AdjacencyMatrix(model.config.vocab_size)
     texts = [safe_open(path, "pt") for path in shards[1:]]             # the first is held out
     if any("features" not in text.keys() for text in texts):
-        raise SystemExit(f"error: {data_folder(args)} holds shards without features, as a GPU writes them; make some on a CPU: tools/train_eagle3.py text --read")
+        raise SystemExit(f"error: {data_folder(args)} holds shards without features, as a GPU writes them; 'tools/train_eagle3.py text FILE' puts their "
+                         "text into a file, '--device cpu --data NEW text --read FILE' makes shards with features of it: pass --data NEW")
     tokens = [text.get_tensor("tokens").long() for text in texts]
     everything = torch.cat(tokens)
     last = torch.full((model.config.vocab_size,), -1).scatter_reduce_(0, everything, torch.arange(len(everything)), "amax")
@@ -50,7 +51,7 @@ def main() -> None:
         print(f"\r{number + 1} of {len(texts)} shards: {int((matrix.rows[:, 0] >= 0).sum())} rows written", end="", flush=True)
     print()
     held = load_file(shards[0])
-    ranks, seen, at = torch.zeros(args.k), 0, 0
+    ranks, seen, at = torch.zeros(matrix.rows.shape[1]), 0, 0
     hits, tries = [0] * 10, [0] * 10
     for size, answer_from in held["lengths"].tolist():
         tokens = held["tokens"][at:at + size].long()
@@ -61,7 +62,7 @@ def main() -> None:
         index, text = NGramIndex(), tokens.tolist()
         index.append(text[:answer_from])
         for i in range(answer_from, size):
-            places = [(p, m) for p, m in index.matches_of(())]
+            places = index.matches_of(())
             if places:
                 m = max(m for _, m in places)
                 guess, _, _ = index.propose(1)
@@ -75,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tool(main)

@@ -12,7 +12,7 @@ FOLDER` for any other. Guarantees: the text of plain decoding, as every method i
 
 The search scores a draft by tokens per unit of cost. Along a text that the target wrote, a chain of D guesses is right as far as
 the draft's first choices are the target's own; a round commits these and one token more, and costs one target forward plus D of the
-draft. A forward costs its weights: the layers, and the output head. No healed draft is shipped: it would be as large as the target.
+draft. A forward costs its weights: the layers, and the output head. No healed draft is shipped: it would be 70% as large as the target.
 """
 
 import argparse
@@ -31,11 +31,11 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from demo_model import cache_folder, demo_model  # noqa: E402
+from demo_model import cache_folder, tool  # noqa: E402
 from graft import ModelDrafter  # noqa: E402
-from model import Layer, Model, ModelConfig, NoCache, checkpoint_layout, fetch_checkpoint, load_model, unstacked  # noqa: E402
+from model import Layer, Model, ModelConfig, NoCache, checkpoint_layout, load_model, unstacked  # noqa: E402
 from retrieval import whole  # noqa: E402
-from train_eagle3 import SHARD, TEXT, read_text  # noqa: E402
+from train_eagle3 import SHARD, TEXT, model_folder, read_text  # noqa: E402
 
 HELD_OUT = SHARD      # conversations at the start of the text, which neither the head nor `heal` is trained on
 LONGEST = 8         # chain of guesses that is scored
@@ -128,6 +128,8 @@ def chain_score(agree: list[Tensor], cost: float) -> dict:
 
 def held_out(args, config: ModelConfig) -> list[tuple[list[int], int]]:
     """Spread-out conversations to score on, and where their answers start."""
+    if args.conversations < 1:
+        raise ValueError(f"--conversations is {args.conversations}; expected 1 or more")
     texts = conversations(args, config)[:HELD_OUT]
     return texts[::max(1, len(texts) // args.conversations)][:args.conversations]
 
@@ -145,6 +147,8 @@ def search(args) -> None:
     folder, out = model_folder(args), Path(args.out or cache_folder() / "depth_pruned.json")
     model = load_model(folder, dtype=getattr(torch, args.dtype), device=args.device)
     texts, total = held_out(args, model.config), model.config.num_hidden_layers
+    if not 1 <= args.keep < total:
+        raise ValueError(f"--keep is {args.keep}; expected 1 to {total - 1}")
     settings = {"model": asdict(model.config), "dtype": args.dtype, "text": Path(args.text).name, "conversations": args.conversations}
     settings = json.loads(json.dumps(settings))
     done = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"settings": settings, "path": []}
@@ -245,10 +249,6 @@ def agreement(target: Model, draft: Model, texts: list[tuple[list[int], int]]) -
     return chain_score(agree, forward_cost(target.config, len(draft.layers)))
 
 
-def model_folder(args) -> Path:
-    return fetch_checkpoint(args.model) if args.model else demo_model()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="target folder or Hub id (default: the demo model)")
@@ -268,13 +268,8 @@ def main() -> None:
     fit.add_argument("--lr", type=float, default=3e-4)
     fit.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    try:
-        {"search": search, "heal": heal}[args.command](args)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command continues")
+    {"search": search, "heal": heal}[args.command](args)
 
 
 if __name__ == "__main__":
-    main()
+    tool(main)

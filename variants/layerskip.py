@@ -1,7 +1,7 @@
 """Self-speculation: the target's first E layers and its own head draft, the rest of its layers verify.
 
     python run.py "Why is the sky blue?" --method layerskip_graft
-    python variants/layerskip.py calibrate                   # which E; then LAYERSKIP_EXIT=E python run.py ...
+    python variants/layerskip.py calibrate                   # which E; then LAYERSKIP_EXIT=E,GUESSES,SHARPNESS python run.py ...
 
 Source: LayerSkip (Elhoushi et al., arXiv 2404.16710), section 4.3; here with trees, pruning and grafting instead of one chain.
 Changes: the drafter writes the keys and values of layers 0..E-1 straight into the target's cache and keeps the hidden states that
@@ -17,6 +17,7 @@ its end only near the end, and no E pays. The code is the same.
 
 import argparse
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from depth_pruned import chain_score, choices, forward_cost, held_out, model_folder, through  # noqa: E402
+from demo_model import tool  # noqa: E402  (in tools/, which depth_pruned puts on the path)
 from graft import Drafter, GraftConfig, Sequence  # noqa: E402
 from model import KVCache, Model, load_model  # noqa: E402
 from train_eagle3 import TEXT  # noqa: E402
@@ -44,9 +46,10 @@ def prepare(setup, method: str):
     layers, config = setup.model.config.num_hidden_layers, setup.configure("graft" if method.endswith("graft") else "eagle")
     early, guesses, sharpness = CALIBRATED.get((layers, setup.model.config.hidden_size), (max(1, layers // 4), config.depth + 1, 1.0))
     if given := os.environ.get("LAYERSKIP_EXIT"):
-        if not given.isdecimal() or not 1 <= int(given) < layers:
-            raise ValueError(f"LAYERSKIP_EXIT is {given!r}; expected a number of layers from 1 to {layers - 1}")
-        early, guesses, sharpness = int(given), config.depth + 1, 1.0
+        parts = re.fullmatch(r"(\d+)(?:,([1-9]\d*),(\d+\.?\d*))?", given)
+        if not parts or not 1 <= int(parts[1]) < layers:
+            raise ValueError(f"LAYERSKIP_EXIT is {given!r}; expected a number of layers from 1 to {layers - 1}, or E,GUESSES,SHARPNESS")
+        early, guesses, sharpness = int(parts[1]), int(parts[2] or config.depth + 1), float(parts[3] or 1.0)
     config = replace(config, depth=guesses - 1, trust=GraftConfig.trust)           # calibrated beside a draft head, which knows far better
     return config, lambda: SkipDrafter(setup.model, early, sharpness), verify
 
@@ -144,9 +147,11 @@ def calibrate(args) -> None:
     print(file=sys.stderr)
     scores = {early: chain_score(agree[early], forward_cost(model.config, early)) for early in exits}
     for early, score in scores.items():
-        print(f"E {early}: {score | {'sharpness': SHARPNESS[losses[early].argmin()]}}")
+        score["sharpness"] = SHARPNESS[losses[early].argmin()]
+        print(f"E {early}: {score}")
     best = max(scores, key=lambda early: scores[early]["score"])
-    print(f"best: E {best} with chains of {scores[best]['guesses']}, {scores[best]['score']} tokens per target forward (plain decoding: 1)")
+    print(f"best: E {best} with {scores[best]['score']} tokens per target forward (plain decoding: 1): "
+          f"LAYERSKIP_EXIT={best},{scores[best]['guesses']},{scores[best]['sharpness']}")
 
 
 def main() -> None:
@@ -157,11 +162,8 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=8, help="held-out ones to score on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    try:
-        calibrate(parser.parse_args())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    calibrate(parser.parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    tool(main)

@@ -120,6 +120,8 @@ def verify(model: Model, sequences: list[Sequence], trees: list[Tree], *, slim: 
 
 def prepare(setup, method: str):
     """The fields of a Plan. Says on stderr that the output may differ."""
+    if isinstance(setup.head, Model) or setup.window:
+        raise ValueError(f"method '{method}' drafts with an EAGLE-3 head that sees all of the text; leave out --draft-window, and a --draft that is a model")
     print(f"{method}: not lossless: tokens that {KEPT:.0%} of the layers are sure of (probability {SURE} or more) do not wait for the "
           "full model, so the output may differ from plain decoding", file=sys.stderr)
     slim = slim_of(setup.model, setup.text.encode(__doc__)[:256], setup.head.taps if setup.head else ())
