@@ -344,7 +344,7 @@ class PackedCache:
 # ------------------------------------------------------------------------------------------------------------- graphs
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)   # tokens of a forward over fixed buffers; fewer are padded
-CAUSAL = 32                                               # most tokens of a forward without a mask that is one; more are a prompt's
+CAUSAL = 32                                               # most tokens of such a forward without a mask; more are a prompt
 
 
 def roomy(rows: int, least: int) -> int:
