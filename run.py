@@ -622,11 +622,11 @@ def known(names: str, flag: str) -> list[str]:
     return list(dict.fromkeys(names.split(",")))
 
 
-def writable(path: str | None) -> None:
+def writable(path: str | None, flag: str = "--json") -> None:
     """Find out before the hour's work whether the result can be written."""
     if path:
         if Path(path).exists() and not Path(path).is_file():
-            raise ValueError(f"--json {path}: not a plain file")
+            raise ValueError(f"{flag} {path}: not a plain file")
         with open(path, "a"):
             pass
 

@@ -21,16 +21,23 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import run  # noqa: E402
 from demo_model import command_line, tool  # noqa: E402
-from graft import generate  # noqa: E402
 
 
-def ours(setup: run.Setup, method: str, new: int):
-    config, states = replace(setup.configure(method), max_new_tokens=new), []
+def ours(setup: run.Setup, method: str, new: int, options: argparse.Namespace):
+    """A call that returns tokens and seconds, as `timed` makes of a peer's. options: run.py's."""
+    plan = setup.plan(method)
+    plan = replace(plan, config=replace(plan.config, max_new_tokens=new))
 
-    def call(ids: list[int]) -> list[int]:
-        return [token for step in generate(setup.model, ids, config, state=states.pop()) for token in step.tokens]
+    def call(ids: list[int]) -> tuple[list[int], float]:
+        output, _, seconds = run.complete(setup, plan, [ids], options)[0]
+        return output, seconds
+    return call
 
-    call.prepare = lambda: states.append(setup.state())          # reads the matrix from disk: not on the clock
+
+def timed(peer):
+    def call(ids: list[int]) -> tuple[list[int], float]:
+        begin = time.perf_counter()
+        return peer(ids), time.perf_counter() - begin
     return call
 
 
@@ -74,25 +81,21 @@ def main() -> None:
     run.writable(args.json)
     prompts = run.read_prompts(args.prompts, args.limit_per_task)
     import transformers
-    setup = run.set_up(run.parse(["peers", "--dtype", args.dtype, *(["--model", args.model] if args.model else [])]))
+    options = run.parse(["peers", "--dtype", args.dtype, *(["--model", args.model] if args.model else [])])
+    setup = run.set_up(options)
     encoded, new = [setup.ask(p["text"]) for p in prompts], args.max_new_tokens
     peer = transformers.AutoModelForCausalLM.from_pretrained(setup.folder, dtype=setup.model.dtype).to(setup.model.device).eval()
-    calls = {name: ours(setup, name, new) for name in methods}
-    calls["transformers greedy"] = transformers_generate(peer, new)
-    calls["transformers prompt lookup"] = transformers_generate(peer, new, prompt_lookup_num_tokens=10)
-    calls["transformers early exit"] = transformers_generate(peer, new, assistant_early_exit=setup.model.config.num_hidden_layers // 3)
+    peers = {"transformers greedy": transformers_generate(peer, new)}
+    peers["transformers prompt lookup"] = transformers_generate(peer, new, prompt_lookup_num_tokens=10)
+    peers["transformers early exit"] = transformers_generate(peer, new, assistant_early_exit=setup.model.config.num_hidden_layers // 3)
     if args.static_cache:
-        calls["transformers static cache"] = transformers_generate(peer, new, cache_implementation="static")
+        peers["transformers static cache"] = transformers_generate(peer, new, cache_implementation="static")
     if args.gguf:
-        calls["llama.cpp"] = llama_cpp(args.gguf, new, setup.model.config.eos_token_ids, max(map(len, encoded)) + new + 1)
-
-    def prepared(name: str):
-        getattr(calls[name], "prepare", lambda: None)()
-        return calls[name]
-
+        peers["llama.cpp"] = llama_cpp(args.gguf, new, setup.model.config.eos_token_ids, max(map(len, encoded)) + new + 1)
+    calls = {name: ours(setup, name, new, options) for name in methods} | {name: timed(call) for name, call in peers.items()}
     for name in list(calls):
         try:
-            prepared(name)(encoded[0])                           # once uncounted
+            calls[name](encoded[0])                              # once uncounted
         except Exception as error:  # a peer that does not run here is left out, and said to be
             if name in (*methods, "transformers greedy"):        # what the others are compared with
                 raise
@@ -104,9 +107,8 @@ def main() -> None:
         outputs = {}
         for turn in range(len(order)):
             name = order[(turn + number) % len(order)]
-            call, begin = prepared(name), time.perf_counter()
-            outputs[name] = call(ids)
-            runs[name].append((prompts[number]["task"], len(outputs[name]), time.perf_counter() - begin))
+            outputs[name], seconds = calls[name](ids)
+            runs[name].append((prompts[number]["task"], len(outputs[name]), seconds))
         for name in order:
             runs[name][-1] += (outputs[name] == outputs[order[0]],)
         print(f"\r{number + 1}/{len(encoded)} prompts", end="", file=sys.stderr, flush=True)

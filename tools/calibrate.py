@@ -315,8 +315,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.draft and not (args.model or args.out):
         raise ValueError("--draft without --model needs --out: what is calibrated by default is for the shipped head")
-    if args.out:
-        run.writable(args.out)
+    run.writable(args.out, "--out")
     given = [word for name in ("model", "draft", "device") if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
     options = run.parse(["calibrating", "--dtype", args.dtype, *given])
     setup = run.set_up(options)
