@@ -4,8 +4,8 @@
     pip install llama-cpp-python, then add --gguf FILE for llama.cpp on a bfloat16 GGUF of the same weights
 
 Peers: transformers' greedy `generate`, its prompt lookup (10 tokens), its assisted generation by early exit (the first third of
-the layers drafts; made for checkpoints trained for it), with --compiled its static cache under torch.compile (on a CPU by a switch that
-it keeps for tests). Each runs once uncounted, on the longest prompt, which also compiles. A prompt's time runs from token ids to the
+the layers drafts; made for checkpoints trained for it), its static cache under torch.compile (on a CPU by a switch that it keeps
+for tests). Each runs once uncounted, on the longest prompt, which also compiles. A prompt's time runs from token ids to the
 last token id, prefill included. `same` counts prompts whose output equals our `ar`.
 """
 
@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import run  # noqa: E402
 from demo_model import command_line, tool  # noqa: E402
+
+PEERS = ("greedy", "prompt-lookup", "early-exit", "compiled")   # ways in which transformers generates
 
 
 def ours(setup: run.Setup, method: str, new: int, options: argparse.Namespace):
@@ -72,13 +74,17 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
     parser.add_argument("--model", help="folder or Hub id (default: the demo model)")
     parser.add_argument("--methods", default="ar,graft", help="ours")
-    parser.add_argument("--compiled", action="store_true", help="also transformers' compiled decoding (a minute or more to compile)")
+    parser.add_argument("--peers", default="greedy,prompt-lookup", help=f"some of {', '.join(PEERS)} (compiling takes a minute or more)")
     parser.add_argument("--gguf", help="also llama.cpp on this file")
     parser.add_argument("--json", metavar="OUT")
     args = parser.parse_args()
     methods = list(dict.fromkeys(["ar", *run.known(args.methods, "--methods")]))
     if own := set(methods) & set(run.VARIANTS):
         raise ValueError(f"--methods names {own.pop()!r}; expected methods of graft.py")
+    wanted = args.peers.split(",")
+    for name in wanted:
+        if name not in PEERS:
+            raise ValueError(f"--peers names {name!r}; expected some of {','.join(PEERS)}")
     run.writable(args.json)
     prompts = run.read_prompts(args.prompts, args.limit_per_task)
     import transformers
@@ -86,13 +92,12 @@ def main() -> None:
     setup = run.set_up(options)
     encoded, new = [setup.ask(p["text"]) for p in prompts], args.max_new_tokens
     peer = transformers.AutoModelForCausalLM.from_pretrained(setup.folder, dtype=setup.model.dtype).to(setup.model.device).eval()
-    peers = {"transformers greedy": transformers_generate(peer, new)}
-    peers["transformers prompt lookup"] = transformers_generate(peer, new, prompt_lookup_num_tokens=10)
-    peers["transformers early exit"] = transformers_generate(peer, new, assistant_early_exit=setup.model.config.num_hidden_layers // 3)
-    if args.compiled:
-        compilation = transformers.CompileConfig() if peer.device.type == "cuda" else transformers.CompileConfig(mode="default")
-        compilation._compile_all_devices = True                  # else a CPU gets the static cache alone
-        peers["transformers compiled"] = transformers_generate(peer, new, cache_implementation="static", compile_config=compilation)
+    compilation = transformers.CompileConfig() if peer.device.type == "cuda" else transformers.CompileConfig(mode="default")
+    compilation._compile_all_devices = True                      # else a CPU gets the static cache alone
+    ways = {"greedy": {}, "prompt-lookup": dict(prompt_lookup_num_tokens=10),
+            "early-exit": dict(assistant_early_exit=setup.model.config.num_hidden_layers // 3),
+            "compiled": dict(cache_implementation="static", compile_config=compilation)}
+    peers = {f"transformers {way.replace('-', ' ')}": transformers_generate(peer, new, **ways[way]) for way in PEERS if way in ("greedy", *wanted)}
     if args.gguf:
         peers["llama.cpp"] = llama_cpp(args.gguf, new, setup.model.config.eos_token_ids, max(map(len, encoded)) + new + 1)
     calls = {name: ours(setup, name, new, options) for name in methods} | {name: timed(call) for name, call in peers.items()}
