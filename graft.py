@@ -145,30 +145,37 @@ class Round:
 class Sampler:
     """Which token the target picks after each node, and what of that is known in advance.
 
-    Sampling is the Gumbel-max trick: argmax(logits + temperature * noise) is a sample at that temperature. The noise of a text
-    position depends on (seed, position) alone, so plain and speculative decoding pick the same tokens; and because it is known
-    before the target has spoken, guesses can lean towards what it favours.
+    Sampling is the Gumbel-max trick: argmax(logits + temperature * noise) is a sample at that temperature. The noise is a function of
+    (seed, position, token) alone, so plain and speculative decoding pick the same tokens; and because it is known before the target
+    has spoken, guesses can lean towards what it favours.
     """
 
     def __init__(self, config: GraftConfig, vocab_size: int, device):
         self.config, self.vocab_size, self.position = config, vocab_size, 0            # position of the token to be picked next
         self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)           # which tokens the text holds
-        self._noise: dict[int, Tensor] = {}
+        self.tokens, self.stream = torch.arange(vocab_size, device=device), mix(torch.tensor(config.seed))
+        self.rows: dict[int, Tensor] = {}                                              # the noise of whole positions
 
     def read(self, tokens: list[int]) -> None:
         """The text has grown by these tokens."""
         self.position += len(tokens)
-        self._noise = {position: noise for position, noise in self._noise.items() if position >= self.position}
+        self.rows = {position: row for position, row in self.rows.items() if position >= self.position}
         if self.config.repetition_penalty != 1:
             self.seen[tokens] = True
 
-    def noise(self, depth: int) -> Tensor:
-        """Standard Gumbel noise [V] for the pick after a node at this depth; on the CPU, so that a seed means the same everywhere."""
+    def noise(self, tokens: Tensor, depth: int | Tensor) -> Tensor:
+        """Standard Gumbel noise of tokens [...] for the pick after a node at this depth, or at depths [...]: float64, hashed from a counter, so
+        that any of it can be had at once, on any device."""
+        bits = mix(mix(self.stream + (self.position + depth)) + tokens * -0x61C8864680B583EB)
+        uniform = ((bits >> 12 & 2**52 - 1).double() + 0.5) / 2**52                    # from 2^-53 to 1 - 2^-53
+        return -(-uniform.log()).log()
+
+    def row(self, depth: int) -> Tensor:
+        """The noise [V] of all tokens for the pick after a node at this depth."""
         position = self.position + depth
-        if position not in self._noise:
-            generator = torch.Generator().manual_seed(self.config.seed * 2**23 + position)
-            self._noise[position] = -torch.empty(self.vocab_size, dtype=torch.float64).exponential_(generator=generator).log()
-        return self._noise[position]
+        if position not in self.rows:
+            self.rows[position] = self.noise(self.tokens, depth)
+        return self.rows[position]
 
     def pick(self, logits: Tensor, tree: Tree) -> list[int]:
         """The target's token after each node: logits [n, V]."""
@@ -185,7 +192,7 @@ class Sampler:
             logits = penalise(logits.double(), seen, config.repetition_penalty)
         if config.temperature:
             logits = truncate(logits.double() / config.temperature, config)
-            logits = logits + torch.stack([self.noise(depth) for depth in tree.depths]).to(logits.device)
+            logits = logits + torch.stack([self.row(depth) for depth in tree.depths])
         return logits
 
     def lean(self, logits: Tensor, depth: int, ids: Tensor) -> Tensor:
@@ -195,31 +202,45 @@ class Sampler:
         if config.repetition_penalty != 1:
             logits = penalise(logits, self.seen[ids], config.repetition_penalty)
         if config.temperature and config.lean:
-            kept = truncate(logits / config.temperature, config) + self.noise(depth).to(ids.device)[ids].float()
+            kept = truncate(logits / config.temperature, config) + self.noise(ids, depth).float()
             logits = kept * config.temperature
         return logits.log_softmax(-1)
 
-    def lean_branch(self, branch: Branch, depth: int) -> Branch:
-        """A retrieved branch below a node at this depth, its probabilities adjusted for the noise: a token competes with the rest,
+    def lean_branches(self, branches: list[Branch], depths: list[int]) -> list[Branch]:
+        """Retrieved branches, each below a node at its depth, their probabilities adjusted for the noise: a token competes with the rest,
         whose best has Gumbel noise too, 0.577 on average."""
-        tokens, parents, scores = branch
         if not self.config.temperature or not self.config.lean:
-            return branch
-        depths, leaning = [], []
-        for token, parent, score in zip(tokens, parents, scores):
-            depths.append(depths[parent] + 1 if parent >= 0 else depth)
-            p = min(math.exp(score - (scores[parent] if parent >= 0 else 0.0)), 1 - 1e-9)
-            odds = math.log(p / (1 - p)) + self.config.temperature * (float(self.noise(depths[-1])[token]) - 0.5772)
-            leaning.append((leaning[parent] if parent >= 0 else 0.0) - math.log1p(math.exp(-odds)))
-        return tokens, parents, leaning
+            return branches
+        above, leaning = [], []                                                        # above: the depth of the node above each token
+        for (_, parents, _), depth in zip(branches, depths):
+            first = len(above)
+            for parent in parents:
+                above.append(above[first + parent] + 1 if parent >= 0 else depth)
+        tokens = torch.tensor([token for tokens, _, _ in branches for token in tokens], dtype=torch.int64)
+        noise = iter(self.noise(tokens, torch.tensor(above, dtype=torch.int64)).tolist())
+        for tokens, parents, scores in branches:
+            leaned = []
+            for parent, score, luck in zip(parents, scores, noise):
+                p = min(math.exp(score - (scores[parent] if parent >= 0 else 0.0)), 1 - 1e-9)
+                odds = math.log(p / (1 - p)) + self.config.temperature * (luck - 0.5772)
+                leaned.append((leaned[parent] if parent >= 0 else 0.0) - math.log1p(math.exp(-odds)))
+            leaning.append((tokens, parents, leaned))
+        return leaning
+
+
+def mix(numbers: Tensor) -> Tensor:
+    """The output function of SplitMix64 (Steele et al., OOPSLA 2014) on int64 numbers, which wrap: every bit depends on every bit."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        numbers = (numbers ^ (numbers >> shift & (1 << 64 - shift) - 1)) * factor
+    return numbers ^ (numbers >> 31 & (1 << 33) - 1)
 
 
 def likeliest(logits: Tensor) -> list[int]:
     """argmax of each row [n, V]. Raises ValueError where damaged weights, or a dtype too narrow for the model, left no number."""
-    best = logits.max(-1)                                                              # in bfloat16 four times as fast as argmax
-    if not best.values.isfinite().all():
+    best, picks = (each.tolist() for each in logits.max(-1))                           # in bfloat16 four times as fast as argmax
+    if not all(map(math.isfinite, best)):
         raise ValueError(f"the model's logits are not finite in {logits.dtype}: damaged weights, or weights for a wider dtype")
-    return best.indices.tolist()
+    return picks
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -556,11 +577,11 @@ def retrieve(sequence: Sequence, tree: Tree) -> list[tuple[int, str, Branch]]:
             size = max(1, free // len(anchors)) if sequence.priced else free       # the template's last nodes would not pay
             found = state.adjacency.propose([tree.tokens[node] for node in anchors], size)
             branches += [(node, ADJACENCY, branch) for node, branch in zip(anchors, found)]
-        branches = [(node, source, sequence.sampler.lean_branch(branch, tree.depths[node])) for node, source, branch in branches]
+        leaning = sequence.sampler.lean_branches([branch for _, _, branch in branches], [tree.depths[node] for node, _, _ in branches])
         # Where the head has proposed other tokens, it is less likely that a retrieved one is right.
         expanded, doubt = set(tree.parents), {NGRAM: math.log(config.trust[0]), ADJACENCY: math.log(config.trust[1])}
         return [(node, source, (tokens, parents, [score + doubt[source] for score in scores] if node in expanded else scores))
-                for node, source, (tokens, parents, scores) in branches]
+                for (node, source, _), (tokens, parents, scores) in zip(branches, leaning)]
 
 
 def graft(sequence: Sequence, tree: Tree, branches: list[tuple[int, str, Branch]]) -> Tree:

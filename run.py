@@ -538,7 +538,7 @@ def divergence(exact: Model, config: GraftConfig, prompt: list[int], plain: list
         sampler = Sampler(rules, exact.config.vocab_size, exact.device)
         sampler.read(prefix)
         scores[name] = sampler.scores(logits, Tree.rooted(prefix[-1]))[0].cpu()
-    scale, noise = (config.temperature, sampler.noise(0)) if config.temperature else (1.0, 0.0)
+    scale, noise = (config.temperature, sampler.row(0)) if config.temperature else (1.0, 0.0)
     edge = (scores["whole"] - noise)[scores["cut"] > -torch.inf].min()               # the least likely token that was not cut off
     close = lambda token: max(scores["cut"].max() - scores["whole"][token], edge - (scores["whole"] - noise)[token]) * scale <= tie
     pair = {"plain": plain[at], "other": other[at]}

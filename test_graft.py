@@ -737,6 +737,46 @@ def test_a_conversation_prefills_only_what_is_new_and_says_the_same():
     assert collect(MODEL, [7, 1], config, state=state)[0] == plain_greedy(MODEL, [7, 1], 9)[0]
 
 
+def splitmix(number: int) -> int:
+    """SplitMix64's output function as its authors give it in C, on unsigned numbers."""
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    number = (number ^ number >> 27) * 0x94D049BB133111EB % 2**64
+    return number ^ number >> 31
+
+
+def gumbel(seed: int, position: int, token: int) -> float:
+    bits = splitmix((splitmix((splitmix(seed) + position) % 2**64) + token * 0x9E3779B97F4A7C15) % 2**64)
+    return -math.log(-math.log(((bits >> 12) + 0.5) / 2**52))
+
+
+@given(st.integers(0, 2**40), st.integers(0, 2**31), st.integers(0, 40), st.lists(st.integers(0, 2**24), min_size=1, max_size=9))
+def test_noise_is_a_hash_of_seed_position_and_token(seed, position, depth, tokens):
+    """Whatever else is asked for beside it."""
+    sampler = Sampler(GraftConfig(seed=seed), 5, "cpu")
+    sampler.position = position
+    expected = [gumbel(seed, position + depth, token) for token in tokens]
+    assert sampler.noise(torch.tensor(tokens), depth).tolist() == pytest.approx(expected, rel=1e-12)
+    assert sampler.noise(torch.tensor(tokens), torch.full((len(tokens),), depth)).tolist() == pytest.approx(expected, rel=1e-12)
+    assert sampler.row(depth).tolist() == pytest.approx([gumbel(seed, position + depth, token) for token in range(5)], rel=1e-12)
+
+
+def test_noise_is_gumbel_and_independent():
+    """Over neighbouring seeds, positions and tokens: the distribution by Kolmogorov and Smirnov's bound for one false alarm in a million, and
+    no correlation with the noise one further along each."""
+    rows = []
+    for seed in range(8):
+        sampler = Sampler(GraftConfig(seed=seed), 4096, "cpu")
+        rows.append(sampler.noise(sampler.tokens, torch.arange(8)[:, None]))
+    noise = torch.stack(rows)                                                           # [seeds, positions, tokens]
+    n = noise.numel()
+    uniform = (-(-noise).exp()).exp().flatten().sort().values
+    assert (uniform - (torch.arange(n) + 0.5) / n).abs().max() < 2.7 / math.sqrt(n)
+    z = (-(-noise).exp()).exp() - 0.5
+    for along in range(3):
+        pairs = z.narrow(along, 0, z.shape[along] - 1) * z.narrow(along, 1, z.shape[along] - 1)
+        assert abs(float(pairs.mean())) * 12 * math.sqrt(pairs.numel()) < 5
+
+
 def plain_sampling(model: Model, prompt: list[int], new: int, config: GraftConfig) -> list[int]:
     """Recomputes everything for every token, with transformers' processors and noise made here."""
     transformers = pytest.importorskip("transformers")
@@ -752,8 +792,7 @@ def plain_sampling(model: Model, prompt: list[int], new: int, config: GraftConfi
         for processor in processors:
             scores = processor(torch.tensor([text]), scores)
         if config.temperature:
-            generator = torch.Generator().manual_seed(config.seed * 2**23 + len(text))
-            scores = scores - torch.empty(VOCAB, dtype=torch.float64).exponential_(generator=generator).log()
+            scores = scores + torch.tensor([[gumbel(config.seed, len(text), token) for token in range(VOCAB)]], dtype=torch.float64)
         text.append(int(scores.argmax()))
     return text[len(prompt):]
 
@@ -808,10 +847,10 @@ def test_a_guesser_with_the_targets_logits_knows_the_pick(seed, temperature, dep
     leaning = sampler.lean(logits, depth, torch.arange(VOCAB))
     assert int(leaning.argmax()) == sampler.pick(logits.repeat(depth + 1, 1), tree)[depth]
     assert abs(float(leaning.exp().sum()) - 1) < 1e-5
-    favoured = int(sampler.noise(depth).argmax())
+    favoured = int(sampler.row(depth).argmax())
     branch = ([favoured, 3], [-1, 0], [math.log(0.4), math.log(0.1)])
-    tokens, parents, scores = sampler.lean_branch(branch, depth)
-    assert tokens is branch[0] and 0 >= scores[0] >= scores[1] and (scores[0] > branch[2][0]) == (temperature > 0)
+    *empty, (tokens, parents, scores) = sampler.lean_branches([([], [], []), branch], [0, depth])
+    assert empty == [([], [], [])] and tokens is branch[0] and 0 >= scores[0] >= scores[1] and (scores[0] > branch[2][0]) == (temperature > 0)
 
 
 @settings(max_examples=25)

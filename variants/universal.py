@@ -209,7 +209,8 @@ class UniversalDrafter:
             self.forget(self.cache.length - replaced)
             logprobs, choices = self.forward([token]), []
         tree = Tree.rooted(root)
-        tree.graft([(0, DRAFT, sampler.lean_branch(branch, 0)) for branch in (translate.branch(chain, token), *branches)], 2**20)
+        branches.insert(0, translate.branch(chain, token))
+        tree.graft([(0, DRAFT, branch) for branch in sampler.lean_branches(branches, [0] * len(branches))], 2**20)
         yield tree
 
 
