@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import run
 import train_eagle3  # in tools/, which run.py puts on the path
 from graft import METHODS, Drafter, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, ahead, generate, generate_batch, run_rounds
-from model import MLP, CheckpointError, Eagle3, KVCache, Linear, Model, ModelConfig, MoE, attention, half_scale, load_eagle3, load_model
+from model import MLP, CheckpointError, Eagle3, KVCache, Linear, Model, ModelConfig, MoE, RMSNorm, attention, half_scale, load_eagle3, load_model
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, template
 from tree import ADJACENCY, DRAFT, NGRAM, TARGET, Tree
 
@@ -156,6 +156,18 @@ def test_float32_on_half_the_bytes_is_float32(outputs, inputs, exponent, spread,
     assert ((found - x.double() @ weight.double().T).abs() <= 2**-23 * bound).all()
     if scale and HALVES:
         assert all(torch.equal(linear(x[i:i + 1]), found[i:i + 1]) for i in range(6))
+
+
+@given(st.integers(1, 600), st.integers(-20, 20), st.sampled_from((1e-5, 1e-6, 1e-12)), st.integers(0, 2**31))
+def test_a_packed_norm_is_the_norm(size, exponent, eps, seed):
+    """For one row as for several, however small or large, all zeros too."""
+    generator = torch.Generator().manual_seed(seed)
+    norm, x = RMSNorm(size, eps), torch.randn(1, 7, size, generator=generator) * 2.0**exponent
+    norm.weight, x[0, 2] = torch.nn.Parameter(torch.randn(size, generator=generator), requires_grad=False), 0.0
+    norm.pack()
+    found, exact = norm(x), torch.nn.functional.rms_norm(x.double(), (size,), norm.weight.double(), eps)
+    assert norm.packed and ((found - exact).abs() <= 1e-6 * exact.abs()).all()
+    assert all(torch.equal(norm(x[:, i:i + 1]), found[:, i:i + 1]) for i in range(7))
 
 
 def test_what_float16_cannot_hold_is_told():

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from calibrate import bandwidth, bytes_read, median_ms  # noqa: E402
 from demo_model import command_line, tool  # noqa: E402
-from model import Linear, Model, ModelConfig  # noqa: E402
+from model import Linear, Model, ModelConfig, RMSNorm  # noqa: E402
 from tree import DRAFT, Tree  # noqa: E402
 
 ROPE = {"rope_type": "default", "rope_theta": 1e6, "original_max_position_embeddings": 40960}
@@ -40,7 +40,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device) -> Model:
         value.copy_(value.normal_(std=0.02).bfloat16()) if "norm" not in name else value.fill_(1.0)      # as checkpoints are stored
     model.inverse.copy_(config.rope["rope_theta"] ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim))
     for module in model.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, (Linear, RMSNorm)):
             module.pack()
     return model
 
