@@ -493,14 +493,14 @@ class RMSNorm(Part):
         self.weight, self.eps, self.packed = nn.Parameter(torch.empty(size)), eps, None
 
     def pack(self) -> None:
-        """For float32 on a CPU, where torch's own is seven small kernels: with n = size, mean(x^2) + eps is (|x|^2 + n eps) / n. Inference only."""
+        """For float32 on a CPU, where torch's own takes twice the time in small kernels: with n = size, mean(x^2) + eps is (|x|^2 + n eps) / n. Inference only."""
         if self.weight.device.type == "cpu" and self.weight.dtype == torch.float32:
             size = len(self.weight)
             self.packed = self.weight.detach() * math.sqrt(size), torch.tensor(math.sqrt(size * self.eps))
 
     def forward(self, x: Tensor) -> Tensor:
         """In half precision on a CPU the layer norm of (x, -x), whose mean is 0 and whose variance is the mean of x squared: one fused kernel
-        instead of eight small ones, and rounded exactly as in transformers. On a GPU torch's own, which in bfloat16 rounds once less."""
+        instead of eight small ones, and rounded exactly as in transformers. Elsewhere torch's own, which in bfloat16 rounds once less."""
         size = x.shape[-1]
         if self.packed is not None and x.dtype == torch.float32:
             weight, least = self.packed
