@@ -151,9 +151,8 @@ class Sampler:
     """
 
     def __init__(self, config: GraftConfig, vocab_size: int, device):
-        self.config, self.vocab_size, self.position = config, vocab_size, 0            # position of the token to be picked next
+        self.config, self.stream, self.position = config, mix(torch.tensor(config.seed)), 0   # position of the token to be picked next
         self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)           # which tokens the text holds
-        self.tokens, self.stream = torch.arange(vocab_size, device=device), mix(torch.tensor(config.seed))
         self.rows: dict[int, Tensor] = {}                                              # the noise of whole positions
 
     def read(self, tokens: list[int]) -> None:
@@ -171,10 +170,10 @@ class Sampler:
         return -(-uniform.log()).log()
 
     def row(self, depth: int) -> Tensor:
-        """The noise [V] of all tokens for the pick after a node at this depth."""
+        """The noise [V] of all tokens for the pick after a node at this depth, which is made once: every position is picked in the end."""
         position = self.position + depth
         if position not in self.rows:
-            self.rows[position] = self.noise(self.tokens, depth)
+            self.rows[position] = self.noise(torch.arange(len(self.seen), device=self.seen.device), depth)
         return self.rows[position]
 
     def pick(self, logits: Tensor, tree: Tree) -> list[int]:
@@ -202,7 +201,7 @@ class Sampler:
         if config.repetition_penalty != 1:
             logits = penalise(logits, self.seen[ids], config.repetition_penalty)
         if config.temperature and config.lean:
-            kept = truncate(logits / config.temperature, config) + self.noise(ids, depth).float()
+            kept = truncate(logits / config.temperature, config) + self.row(depth)[ids].float()
             logits = kept * config.temperature
         return logits.log_softmax(-1)
 
@@ -216,8 +215,8 @@ class Sampler:
             first = len(above)
             for parent in parents:
                 above.append(above[first + parent] + 1 if parent >= 0 else depth)
-        tokens = torch.tensor([token for tokens, _, _ in branches for token in tokens], dtype=torch.int64)
-        noise = iter(self.noise(tokens, torch.tensor(above, dtype=torch.int64)).tolist())
+        every = torch.tensor([token for tokens, _, _ in branches for token in tokens], dtype=torch.int64)
+        noise = iter(self.noise(every, torch.tensor(above, dtype=torch.int64)).tolist())
         for tokens, parents, scores in branches:
             leaned = []
             for parent, score, luck in zip(parents, scores, noise):

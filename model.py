@@ -501,10 +501,10 @@ class RMSNorm(Part):
     def forward(self, x: Tensor) -> Tensor:
         """In half precision on a CPU the layer norm of (x, -x), whose mean is 0 and whose variance is the mean of x squared: one fused kernel
         instead of eight small ones, and rounded exactly as in transformers. Elsewhere torch's own, which in bfloat16 rounds once less."""
-        size = x.shape[-1]
         if self.packed is not None and x.dtype == torch.float32:
             weight, least = self.packed
             return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), least) * weight
+        size = x.shape[-1]
         if x.dtype == self.weight.dtype and (x.is_cuda or x.dtype in (torch.float32, torch.float64)):
             return F.rms_norm(x, (size,), self.weight, self.eps)
         return torch.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=self.eps).narrow(-1, 0, size) * self.weight

@@ -615,10 +615,10 @@ def command_verify(args) -> int:
     return 1 if any(count["different"] for count in counts.values()) else 0
 
 
-def known(names: str, flag: str) -> list[str]:
+def known(names: str, flag: str, accepted=EVERY) -> list[str]:
     for name in names.split(","):
-        if name not in EVERY:
-            raise ValueError(f"{flag} names {name!r}; expected some of {','.join(EVERY)}")
+        if name not in accepted:
+            raise ValueError(f"{flag} names {name!r}; expected some of {','.join(accepted)}")
     return list(dict.fromkeys(names.split(",")))
 
 

@@ -81,10 +81,7 @@ def main() -> None:
     methods = list(dict.fromkeys(["ar", *run.known(args.methods, "--methods")]))
     if own := set(methods) & set(run.VARIANTS):
         raise ValueError(f"--methods names {own.pop()!r}; expected methods of graft.py")
-    wanted = args.peers.split(",")
-    for name in wanted:
-        if name not in PEERS:
-            raise ValueError(f"--peers names {name!r}; expected some of {','.join(PEERS)}")
+    wanted = run.known(args.peers, "--peers", PEERS)
     run.writable(args.json)
     prompts = run.read_prompts(args.prompts, args.limit_per_task)
     import transformers

@@ -58,7 +58,7 @@ def generate(model, state: State, config, prompts: list[list[int]], tokens: int,
         settings = replace(config, temperature=0.8 * (number % 2), seed=number)
         sequence = Sequence(model, prompts[number % len(prompts)], settings, state)
         for _ in run_rounds(model, [sequence]):
-            held = len(sequence.sampler.rows)                                    # a tree's depth, and 16 of retrieval below it
+            held = len(sequence.sampler.rows)                                      # a tree's depth, and 16 of retrieval below it
             check(held <= config.depth + 18, f"noise of {held} positions; expected at most {config.depth + 18}")
         check_bounds(sequence)
         made, held = made + len(sequence.output), resident()
