@@ -7,6 +7,7 @@ greedy loop that recomputes everything for every token.
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import random
@@ -368,8 +369,8 @@ def test_training_time_test_is_the_chain_that_drafting_walks(tmp_path):
             assert (logits[1, i].log_softmax(-1) - expected).abs().max() < 1e-5   # its softmax is float32
 
 
-@pytest.mark.parametrize("composed", [False, True])
-def test_self_made_text_is_what_the_target_would_write(composed, tmp_path):
+@pytest.mark.parametrize("prompts", ["written", "composed", "given"])
+def test_self_made_text_is_what_the_target_would_write(prompts, tmp_path):
     """Rows that begin anew at any step must not see what was there before: greedy answers are those of plain decoding, in turns as
     the template wants them, and features on disk are those that the target gives."""
     class Words:
@@ -381,8 +382,10 @@ def test_self_made_text_is_what_the_target_would_write(composed, tmp_path):
     args = argparse.Namespace(batch=5, length=48, seed=3, greedy_share=1.0, answer_length=12)
     taps, texts = train_eagle3.four_taps(model), []
     with torch.inference_mode():
-        stock = [([1, 2, 8 + i, 9, 3, 4, 5, 20 + i, 21, 22, 23, 0], 7) for i in range(4)] if composed else []
-        writer = train_eagle3.Writer(model, Words, args, taps, stock)
+        stock = [([1, 2, 8 + i, 9, 3, 4, 5, 20 + i, 21, 22, 23, 0], 7) for i in range(4)] if prompts == "composed" else []
+        turns = [[1, 2, *range(6 + i, 9 + 2 * i), 3, 4, 5] for i in range(7)]
+        asked = ((tokens, 0.0) for tokens in itertools.cycle(turns)) if prompts == "given" else None
+        writer = train_eagle3.Writer(model, Words, args, taps, stock, asked)
         for step in range(400):
             writer.step()
             texts += writer.finished() if step % 4 == 3 else []
@@ -391,7 +394,8 @@ def test_self_made_text_is_what_the_target_would_write(composed, tmp_path):
         tokens = tokens.tolist()
         answer, finish = plain_greedy(model, tokens[:start], args.answer_length, eos=(0,))
         assert tokens[:2] == [1, 2] and tokens[start - 3:start] == [3, 4, 5] and 0 not in tokens[2:start - 3]
-        assert not composed or any(tokens[i:i + 3] == [21, 22, 23] for i in range(start))
+        assert prompts != "composed" or any(tokens[i:i + 3] == [21, 22, 23] for i in range(start))
+        assert prompts != "given" or tokens[:start] in turns
         assert tokens[start:] == answer[:len(tokens) - start] and (len(tokens) - start == len(answer) or len(tokens) == args.length - 1)
     with_features, without = tmp_path / "shard-0.safetensors", tmp_path / "shard-1.safetensors"
     train_eagle3.write_shard(with_features, texts)
@@ -404,6 +408,58 @@ def test_self_made_text_is_what_the_target_would_write(composed, tmp_path):
         for row, kinds in zip(tokens.tolist(), kind.tolist()):
             first = kinds.index(2) + 1
             assert row[first - 3:first] == [3, 4, 5] and kinds == sorted(kinds[:first - 1]) + [2] * kinds.count(2) + [0] * kinds.count(0)
+
+
+def test_given_prompts_are_answered_once_before_any_again(tmp_path, capsys):
+    class Words:
+        render = staticmethod(lambda messages: "<" + messages[0]["content"] + ">")
+        encode_control = staticmethod(lambda text: {"<": [1], ">": [2]}[text])
+        encode = staticmethod(lambda text: [ord(c) for c in text])
+
+    file, shard = tmp_path / "prompts.jsonl", tmp_path / "shard-00000.safetensors"
+    file.write_text("".join(json.dumps({"id": text, "task": "any", "turns": [text]}) + "\n" for text in ("abc", "de", "f", "too long")))
+    asked = {text: (1, *map(ord, text), 2) for text in ("abc", "de", "f")}
+    train_eagle3.write_shard(shard, [(torch.tensor([*asked["de"], 7, 8], dtype=torch.int32), 4, None)])
+    got = [(tuple(tokens), heat) for tokens, heat in itertools.islice(train_eagle3.given_prompts(file, Words, 5, [shard]), 8)]
+    assert {tokens for tokens, _ in got[:2]} == {asked["abc"], asked["f"]} and {tokens for tokens, _ in got[2:5]} == set(asked.values())
+    assert got[5:] == got[2:5] and [heat for _, heat in got] == [0.0] * 2 + [0.7] * 6
+    assert "2 prompts without an answer yet, 1 with one; 1 have more than 5 tokens" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="all have more than 2 tokens; give a larger --length"):
+        train_eagle3.given_prompts(file, Words, 2, [])
+
+
+def test_training_learns_continues_and_blends(tmp_path, monkeypatch, capsys):
+    rng, target = random.Random(0), tiny().bfloat16()
+    taps, texts = train_eagle3.four_taps(target), []
+    for _ in range(24):
+        text = [rng.randrange(VOCAB) for _ in range(4)]
+        text += plain_greedy(MODEL, text, 20)[0]
+        texts.append((torch.tensor(text, dtype=torch.int32), 4, full_forward(target, text, taps=taps)[1][0]))
+    for shard in range(2):                                                             # validated on what it learns: the target is random
+        train_eagle3.write_shard(tmp_path / f"shard-{shard:05d}.safetensors", texts)
+    monkeypatch.setattr(train_eagle3, "model_folder", lambda args: tmp_path)
+    monkeypatch.setattr(train_eagle3, "load_model", lambda *_, **__: tiny().bfloat16())
+
+    def train(out, tokens, *more):
+        monkeypatch.setattr(sys, "argv", ["train_eagle3.py", "--data", str(tmp_path), "--device", "cpu", "train", "--out", str(tmp_path / out), "--tokens", str(tokens),
+                                          "--batch-tokens", "96", "--validate", "100", "--lr", "0.02", *more])
+        train_eagle3.main()
+        return json.loads((tmp_path / out / "training.json").read_text())["held_out"], load_file(tmp_path / out / "model.safetensors")
+
+    train("head", 6000, "--draft-vocab", "24")
+    history, head = train("head", 12000, "--draft-vocab", "24")
+    assert "continuing after" in capsys.readouterr().out and len(head["lm_head.weight"]) == 24
+    assert history[-1]["tokens"] >= 12000 and history[-1]["loss"] < 0.9 * history[0]["loss"] and history[-1]["top1"][0] > 0.5
+    assert load_eagle3(tmp_path / "head", target).taps == train_eagle3.default_taps(6)
+    history, blended = train("blended", 3000, "--name", "more", "--start", str(tmp_path / "head"), "--blend", "0.25")
+    trained = torch.load(tmp_path / "more.pt", weights_only=True)["head"]
+    assert history[-1]["blend"] == 0.25 and torch.equal(blended["d2t"], head["d2t"])
+    for name in ("fc.weight", "lm_head.weight", "norm.weight"):
+        expected = torch.lerp(head[name].float(), trained[name], 0.25)
+        assert (trained[name] - head[name]).abs().max() > 0.01 and (blended[name].float() - expected).abs().max() < 0.01 * expected.abs().max()
+    for wrong, named in ((["--blend", "0.5"], "needs --start"), (["--start", str(tmp_path / "head"), "--blend", "2"], "between 0 and 1")):
+        with pytest.raises(SystemExit, match=named):
+            train("wrong", 100, "--name", "wrong", *wrong)
 
 
 # --------------------------------------------------------------------------------------------------------------- tree

@@ -1,21 +1,24 @@
-"""Self-made text, written by any target that model.py loads, and the training of an EAGLE-3 head on it. No download, no dataset.
+"""Text that any target which model.py loads writes itself, and the training of an EAGLE-3 head on it. No download, no dataset.
 
     python tools/train_eagle3.py text --read                    # the demo model's text that is shipped, or:
     python tools/train_eagle3.py generate --tokens 4000000      # resumable: finished shards are kept and counted
     python tools/train_eagle3.py generate --compose --length 1024 --tokens 5000000      # and 1M with long prompts
+    python tools/train_eagle3.py generate --prompts assets/prompts.jsonl --tokens 5700000   # and 0.7M in answer to given prompts
     python tools/train_eagle3.py train --out HEAD               # resumable
 
 The target samples a user turn from the open user slot of its chat template (seven in ten after a short opener that names a
 kind of task), the template's own tokens close it, and the target answers, greedily or at a temperature. Long prompts are composed
-of such answers. Kept are the tokens and, on a CPU, the outputs of four layers: the three that an EAGLE-3 head reads, and the last,
-from which the target's distribution follows. Nothing here reads a benchmark prompt.
+of such answers; others, ours or those of your users, are given in a file. Kept are the tokens and, on a CPU, the outputs of four layers:
+the three that an EAGLE-3 head reads, and the last, from which the target's distribution follows. Nothing here reads a benchmark prompt.
 """
 
 import argparse
+import itertools
 import json
 import random
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,19 +85,41 @@ def looping(tokens: list[int]) -> bool:
     return len(grams) > 32 and len(set(grams)) < len(grams) / 3
 
 
+def template(words) -> tuple[list[int], list[int]]:
+    """The chat template's tokens before and behind a user's turn."""
+    before, after = words.render([{"role": "user", "content": "\uE000"}]).split("\uE000")
+    return words.encode_control(before), words.encode_control(after)
+
+
+def given_prompts(file: str, words, longest: int, shards: list[Path]) -> Iterator[tuple[list[int], float]]:
+    """The prompts of a file, without end: first each that no shard has an answer to, for a greedy one, then all again and again,
+    at temperature 0.7. Prompts of more than `longest` tokens are left out, which is told."""
+    from run import read_prompts
+    prefix, closing = template(words)
+    prompts = [prefix + words.encode(entry["text"]) + closing for entry in read_prompts(file, None)]
+    random.Random(0).shuffle(prompts)
+    fitting = [tokens for tokens in prompts if len(tokens) <= longest]
+    answered = {tuple(tokens[:start]) for path in shards for tokens, start in read_text(path)}
+    fresh = [tokens for tokens in fitting if tuple(tokens) not in answered]
+    print(f"{len(fresh)} prompts without an answer yet, {len(fitting) - len(fresh)} with one; {len(prompts) - len(fitting)} have more than {longest} tokens", flush=True)
+    if not fitting:
+        raise SystemExit(f"error: argument --prompts is {file}, whose prompts all have more than {longest} tokens; give a larger --length")
+    return itertools.chain(zip(fresh, itertools.repeat(0.0)), zip(itertools.cycle(fitting), itertools.repeat(0.7)))
+
+
 class Writer:
     """Rows of conversations that a target writes side by side, each at its own place: given tokens first (the template and an opener),
     then the user's turn, the template's closing, the answer. All of their state [b] lives on the target's device."""
 
-    def __init__(self, model: Model, words, args, taps: tuple[int, ...] = (), stock: list[tuple[list[int], int]] = ()):
-        """stock: conversations to compose prompts of, as `read_text` gives them; without, the target writes the user's turns too."""
-        before, after = words.render([{"role": "user", "content": "\uE000"}]).split("\uE000")
-        prefix, self.closing = words.encode_control(before), words.encode_control(after)
+    def __init__(self, model: Model, words, args, taps: tuple[int, ...] = (), stock: list[tuple[list[int], int]] = (), prompts: Iterator | None = None):
+        """stock: conversations to compose prompts of, as `read_text` gives them. prompts: whole ones, each with the temperature of its
+        answer. With neither, the target writes the user's turns too."""
+        prefix, self.closing = template(words)
         self.kinds = [([prefix + words.encode(opener.rstrip(" ")) for opener in openers], lengths, share) for openers, lengths, share in KINDS]
         self.forms = [(prefix + words.encode(start), words.encode(between), question and words.encode(question)) for start, between, question in FORMS]
         most = len(self.closing) + max(len(given) + max(lengths) for openers, lengths, _ in self.kinds for given in openers)   # composed prompts are longer
         self.stock = [(tokens[len(prefix):start - len(self.closing)], tokens[start:-1]) for tokens, start in stock if start <= most]
-        self.model, self.args, self.taps, self.rng = model, args, taps, random.Random(args.seed)
+        self.model, self.args, self.taps, self.prompts, self.rng = model, args, taps, prompts, random.Random(args.seed)
         b, n, device = args.batch, args.length, model.device
         self.cache = RingCache(model.config, n, model.dtype, device, b)
         self.features = torch.zeros(b, n, len(taps) * model.config.hidden_size, dtype=torch.bfloat16, device=device)
@@ -113,14 +138,16 @@ class Writer:
         """Start a new conversation in each of these rows."""
         args, rng, columns = self.args, self.rng, []
         for _ in rows:
-            if self.stock:
+            if self.prompts:
+                (given, heat), limit, answer_from = next(self.prompts), 0, True
+            elif self.stock:
                 given, limit, answer_from = self.compose(), 0, True
             else:
                 openers, lengths, _ = rng.choices(self.kinds, [share for *_, share in self.kinds])[0]
                 given, answer_from = rng.choice(openers), False
                 limit = min(len(given) + rng.choice(lengths), args.length - len(self.closing) - 16)
-            heats = rng.choice((0.7, 0.8, 0.9, 1.0)), 0.0 if rng.random() < args.greedy_share else 0.7
-            columns.append((given, len(given), len(given) * answer_from, limit, *heats))
+            user_heat, answer_heat = rng.choice((0.7, 0.8, 0.9, 1.0)), 0.0 if rng.random() < args.greedy_share else 0.7
+            columns.append((given, len(given), len(given) * answer_from, limit, user_heat, heat if self.prompts else answer_heat))
         text, *values = zip(*columns)
         device, rows = self.text.device, torch.tensor(list(rows), device=self.text.device)
         width = max(map(len, text))
@@ -199,8 +226,10 @@ def generate(args) -> None:
     number = int(done[-1].stem.split("-")[1]) + 1 if done else 0
     args.seed += number
     model = load_model(folder, dtype=args.dtype, device=args.device, pack=False)
+    words = Text(folder)
     stock = [text for path in done[1:] for text in read_text(path)] if args.compose else []
-    writer = Writer(model, Text(folder), args, four_taps(model) if stores_features(args) else (), stock)
+    prompts = given_prompts(args.prompts, words, args.length - 64, done) if args.prompts else None
+    writer = Writer(model, words, args, four_taps(model) if stores_features(args) else (), stock, prompts)
     if args.compose and not writer.stock:
         raise SystemExit(f"error: --compose needs answers to compose prompts of; {data} holds none after its first shard: run 'generate' without it first")
     kept, began, made, steps = [], time.time(), 0, 0
@@ -440,6 +469,8 @@ def train(args) -> None:
     data = data_folder(args)
     target = load_model(model_folder(args), dtype=torch.bfloat16, device=args.device, pack=False)
     H = target.config.hidden_size
+    if not 0 <= args.blend <= 1 or args.blend < 1 and (not args.start or args.draft_vocab):
+        raise SystemExit(f"error: argument --blend is {args.blend}; expected between 0 and 1, and less than 1 needs --start, without --draft-vocab")
     shards = sorted(data.glob("shard-*.safetensors"))
     if len(shards) < 2:
         raise SystemExit("error: fewer than two shards of self-made text; run the command 'generate' first")
@@ -453,11 +484,13 @@ def train(args) -> None:
         start = start.state_dict()
     if state:
         d2t = state["head"]["d2t"]
+    elif start and not args.draft_vocab:
+        d2t = start["d2t"].to(args.device)
     else:
         counts = torch.zeros(target.config.vocab_size)
         for path in shards[1:]:
             counts += torch.bincount(safe_open(path, "pt").get_tensor("tokens").long(), minlength=len(counts))
-        chosen = counts.argsort(descending=True, stable=True)[:args.draft_vocab].sort().values
+        chosen = counts.argsort(descending=True, stable=True)[:args.draft_vocab or 8192].sort().values
         print(f"draft vocabulary: {len(chosen)} tokens, {float(counts[chosen].sum() / counts.sum()):.4f} of the text")
         d2t = (chosen - torch.arange(len(chosen))).to(args.device)
     head = new_head(target, d2t).to(args.device).float()
@@ -519,6 +552,14 @@ def train(args) -> None:
                 saved_at = time.time()
             if seen >= args.tokens:
                 break
+    if args.blend < 1:
+        begun = load_eagle3(args.start, target, pack=False).state_dict()
+        with torch.no_grad():
+            for name, weight in head.named_parameters():
+                if "embed" not in name:
+                    weight.lerp_(begun[name].float(), 1 - args.blend)
+        history.append({"tokens": seen, "blend": args.blend, **validate(head, held, target, args)})
+        print(json.dumps(history[-1]))
     note = {"command": command_line("tools/train_eagle3.py"),
             "torch": torch.__version__, "device": args.device, "threads": torch.get_num_threads(), "held_out": history}
     save_head(head, Path(args.out), target, note)
@@ -608,6 +649,7 @@ def main() -> None:
     make.add_argument("--length", type=int, default=512, help="longest conversation, in tokens")
     make.add_argument("--answer-length", type=int, default=200)
     make.add_argument("--compose", action="store_true", help="make long prompts, documents up to three quarters of --length, of the answers that are there")
+    make.add_argument("--prompts", help="have these prompts answered (JSON lines with id, task and turns) instead of prompts of the target's own")
     make.add_argument("--greedy-share", type=float, default=0.8, help="share of the answers decoded greedily; the rest at temperature 0.7")
     make.add_argument("--shard-tokens", type=int, default=100_000)
     words = commands.add_parser("text", help="write the text alone into one small file, or make shards from it")
@@ -616,9 +658,11 @@ def main() -> None:
     fit = commands.add_parser("train", help="train a head on it")
     fit.add_argument("--out", required=True, help="folder for the finished head")
     fit.add_argument("--name", default="eagle3", help="of the training state, which a second call continues")
-    fit.add_argument("--start", help="folder of a head to start from; its draft vocabulary may differ")
+    fit.add_argument("--start", help="folder of a head to start from")
+    fit.add_argument("--blend", type=float, default=1.0, help="in the finished head, the share of what was trained, beside that of --start, which forgets less than all "
+                     "of it (WiSE-FT, arXiv 2109.01903)")
     fit.add_argument("--tokens", type=int, default=4_000_000, help="training tokens, repetitions included")
-    fit.add_argument("--draft-vocab", type=int, default=8192)
+    fit.add_argument("--draft-vocab", type=int, help="this many of the text's most frequent tokens (default: those of --start, or 8192)")
     fit.add_argument("--steps", type=int, default=4, help="most chained steps; each batch has 1 to so many")
     fit.add_argument("--fade", type=float, default=0.8, help="weight of a step's loss relative to the one before")
     fit.add_argument("--user-weight", type=float, default=0.3, help="weight of the user's turn in the loss")
