@@ -1242,17 +1242,20 @@ def demo():
 
 
 def test_every_step_is_plain_decoding_on_the_demo_model(demo):
-    rounds, tokens = dict.fromkeys(("ar", "retrieve", "eagle", "graft"), 0), 0
+    retrieved = 0
     for question in ("Count from one to twenty in words.", "def fibonacci(n):", "Translate 'good morning' to French, German and Spanish."):
         ids = demo.ids([{"role": "user", "content": question}])
         texts = {}
-        for method in rounds:
+        for method in ("ar", "retrieve", "eagle", "graft"):
             steps = list(generate(demo.model, ids, replace(demo.configure(method), max_new_tokens=40), state=demo.state()))
             texts[method] = [token for step in steps for token in step.tokens]
             assert texts[method] == texts["ar"]
-            rounds[method] += steps[-1].stats.rounds
-        tokens += len(texts["ar"])
-    assert rounds["ar"] == tokens - 3 and max(rounds["retrieve"], rounds["eagle"]) < tokens - 3 and rounds["graft"] < min(rounds["ar"], rounds["retrieve"])
+            spared = len(texts["ar"]) - 1 - steps[-1].stats.rounds
+            if method == "retrieve":                          # which may guess nothing in the shortest text
+                retrieved += spared
+            else:
+                assert (spared > 0) == (method != "ar")
+    assert retrieved > 0
 
 
 def test_the_demo_model_has_its_head_and_each_method_its_own_settings(demo):

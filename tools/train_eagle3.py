@@ -146,8 +146,10 @@ class Writer:
                 openers, lengths, _ = rng.choices(self.kinds, [share for *_, share in self.kinds])[0]
                 given, answer_from = rng.choice(openers), False
                 limit = min(len(given) + rng.choice(lengths), args.length - len(self.closing) - 16)
-            user_heat, answer_heat = rng.choice((0.7, 0.8, 0.9, 1.0)), 0.0 if rng.random() < args.greedy_share else 0.7
-            columns.append((given, len(given), len(given) * answer_from, limit, user_heat, heat if self.prompts else answer_heat))
+            user_heat = rng.choice((0.7, 0.8, 0.9, 1.0))
+            if not self.prompts:
+                heat = 0.0 if rng.random() < args.greedy_share else 0.7
+            columns.append((given, len(given), len(given) * answer_from, limit, user_heat, heat))
         text, *values = zip(*columns)
         device, rows = self.text.device, torch.tensor(list(rows), device=self.text.device)
         width = max(map(len, text))
@@ -466,18 +468,18 @@ def train(args) -> None:
 
     Matrices are updated by Muon, the rest by AdamW. The learning rate warms up, stays, and falls linearly over the last part
     of the run. The state is saved every few minutes; the same command continues."""
+    if not 0 <= args.blend <= 1 or args.blend < 1 and (not args.start or args.draft_vocab):
+        raise SystemExit(f"error: argument --blend is {args.blend}; expected between 0 and 1, and less than 1 needs --start, without --draft-vocab")
     data = data_folder(args)
     target = load_model(model_folder(args), dtype=torch.bfloat16, device=args.device, pack=False)
     H = target.config.hidden_size
-    if not 0 <= args.blend <= 1 or args.blend < 1 and (not args.start or args.draft_vocab):
-        raise SystemExit(f"error: argument --blend is {args.blend}; expected between 0 and 1, and less than 1 needs --start, without --draft-vocab")
     shards = sorted(data.glob("shard-*.safetensors"))
     if len(shards) < 2:
         raise SystemExit("error: fewer than two shards of self-made text; run the command 'generate' first")
     held, state_file = Texts(shards[:1], target, args.held_out), data / f"{args.name}.pt"
     settings = "start", "draft_vocab", "steps", "fade", "user_weight", "lr"
     state, start = training_state(state_file, args, "head", settings), None
-    if args.start and not state:
+    if args.start and (not state or args.blend < 1):
         start = load_eagle3(args.start, target, pack=False)
         if start.taps != (taps := default_taps(target.config.num_hidden_layers)):
             raise SystemExit(f"error: --start {args.start}: the head reads the outputs of layers {start.taps}; expected {taps}")
@@ -553,11 +555,10 @@ def train(args) -> None:
             if seen >= args.tokens:
                 break
     if args.blend < 1:
-        begun = load_eagle3(args.start, target, pack=False).state_dict()
         with torch.no_grad():
             for name, weight in head.named_parameters():
                 if "embed" not in name:
-                    weight.lerp_(begun[name].float(), 1 - args.blend)
+                    weight.lerp_(start[name].float(), 1 - args.blend)
         history.append({"tokens": seen, "blend": args.blend, **validate(head, held, target, args)})
         print(json.dumps(history[-1]))
     note = {"command": command_line("tools/train_eagle3.py"),
