@@ -369,7 +369,7 @@ def test_training_time_test_is_the_chain_that_drafting_walks(tmp_path):
             assert (logits[1, i].log_softmax(-1) - expected).abs().max() < 1e-5   # its softmax is float32
 
 
-@pytest.mark.parametrize("prompts", ["written", "composed", "given"])
+@pytest.mark.parametrize("prompts", ["written", "composed", "given", "cut"])
 def test_self_made_text_is_what_the_target_would_write(prompts, tmp_path):
     """Rows that begin anew at any step must not see what was there before: greedy answers are those of plain decoding, in turns as
     the template wants them, and features on disk are those that the target gives."""
@@ -384,7 +384,8 @@ def test_self_made_text_is_what_the_target_would_write(prompts, tmp_path):
     with torch.inference_mode():
         stock = [([1, 2, 8 + i, 9, 3, 4, 5, 20 + i, 21, 22, 23, 0], 7) for i in range(4)] if prompts == "composed" else []
         turns = [[1, 2, *range(6 + i, 9 + 2 * i), 3, 4, 5] for i in range(7)]
-        asked = ((tokens, 0.0) for tokens in itertools.cycle(turns)) if prompts == "given" else None
+        parts = {"given": [(tokens, 0.0) for tokens in turns], "cut": [(tokens[:3 + i % 2], None) for i, tokens in enumerate(turns)]}
+        asked = itertools.cycle(parts[prompts]) if prompts in parts else None
         writer = train_eagle3.Writer(model, Words, args, taps, stock, asked)
         for step in range(400):
             writer.step()
@@ -396,6 +397,7 @@ def test_self_made_text_is_what_the_target_would_write(prompts, tmp_path):
         assert tokens[:2] == [1, 2] and tokens[start - 3:start] == [3, 4, 5] and 0 not in tokens[2:start - 3]
         assert prompts != "composed" or any(tokens[i:i + 3] == [21, 22, 23] for i in range(start))
         assert prompts != "given" or tokens[:start] in turns
+        assert prompts != "cut" or any(tokens[:len(given)] == given for given, _ in parts["cut"])
         assert tokens[start:] == answer[:len(tokens) - start] and (len(tokens) - start == len(answer) or len(tokens) == args.length - 1)
     with_features, without = tmp_path / "shard-0.safetensors", tmp_path / "shard-1.safetensors"
     train_eagle3.write_shard(with_features, texts)
@@ -426,6 +428,8 @@ def test_given_prompts_are_answered_once_before_any_again(tmp_path, capsys):
     assert "2 prompts without an answer yet, 1 with one; 1 have more than 5 tokens" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="all have more than 2 tokens; give a larger --length"):
         train_eagle3.given_prompts(file, Words, 2, [])
+    begun = {(tuple(tokens), heat) for tokens, heat in itertools.islice(train_eagle3.given_prompts(file, Words, 5, [], random.Random(0)), 99)}
+    assert begun == {((1, *map(ord, text)), None) for text in ("a", "ab", "abc", "d", "de", "f")}
 
 
 def test_training_learns_continues_and_blends(tmp_path, monkeypatch, capsys):

@@ -91,9 +91,10 @@ def template(words) -> tuple[list[int], list[int]]:
     return words.encode_control(before), words.encode_control(after)
 
 
-def given_prompts(file: str, words, longest: int, shards: list[Path]) -> Iterator[tuple[list[int], float]]:
-    """The prompts of a file, without end: first each that no shard has an answer to, for a greedy one, then all again and again,
-    at temperature 0.7. Prompts of more than `longest` tokens are left out, which is told."""
+def given_prompts(file: str, words, longest: int, shards: list[Path], cut: random.Random | None = None) -> Iterator[tuple[list[int], float | None]]:
+    """The prompts of a file and the temperatures of their answers, without end: first each that no shard has an answer to, for a greedy
+    one, then all again and again, at 0.7. With `cut`, which draws, the beginning of any of them instead, which the target writes on, and
+    None. Prompts of more than `longest` tokens are left out, which is told."""
     from run import read_prompts
     prefix, closing = template(words)
     prompts = [prefix + words.encode(entry["text"]) + closing for entry in read_prompts(file, None)]
@@ -104,6 +105,9 @@ def given_prompts(file: str, words, longest: int, shards: list[Path]) -> Iterato
     print(f"{len(fresh)} prompts without an answer yet, {len(fitting) - len(fresh)} with one; {len(prompts) - len(fitting)} have more than {longest} tokens", flush=True)
     if not fitting:
         raise SystemExit(f"error: argument --prompts is {file}, whose prompts all have more than {longest} tokens; give a larger --length")
+    if cut:
+        least, most = len(prefix) + 1, -len(closing) or None
+        return ((tokens[:cut.randint(least, len(tokens[:most]))], None) for tokens in iter(lambda: cut.choice(fitting), None))
     return itertools.chain(zip(fresh, itertools.repeat(0.0)), zip(itertools.cycle(fitting), itertools.repeat(0.7)))
 
 
@@ -112,8 +116,8 @@ class Writer:
     then the user's turn, the template's closing, the answer. All of their state [b] lives on the target's device."""
 
     def __init__(self, model: Model, words, args, taps: tuple[int, ...] = (), stock: list[tuple[list[int], int]] = (), prompts: Iterator | None = None):
-        """stock: conversations to compose prompts of, as `read_text` gives them. prompts: whole ones, each with the temperature of its
-        answer. With neither, the target writes the user's turns too."""
+        """stock: conversations to compose prompts of, as `read_text` gives them. prompts: as `given_prompts` gives them. With neither,
+        the target writes the user's turns too."""
         prefix, self.closing = template(words)
         self.kinds = [([prefix + words.encode(opener.rstrip(" ")) for opener in openers], lengths, share) for openers, lengths, share in KINDS]
         self.forms = [(prefix + words.encode(start), words.encode(between), question and words.encode(question)) for start, between, question in FORMS]
@@ -138,18 +142,20 @@ class Writer:
         """Start a new conversation in each of these rows."""
         args, rng, columns = self.args, self.rng, []
         for _ in rows:
+            heat, lengths = None, ()                                               # lengths: of what the target adds to the user's turn
             if self.prompts:
-                (given, heat), limit, answer_from = next(self.prompts), 0, True
+                given, heat = next(self.prompts)
+                lengths = (10, 20, 40, 80) if heat is None else ()
             elif self.stock:
-                given, limit, answer_from = self.compose(), 0, True
+                given = self.compose()
             else:
                 openers, lengths, _ = rng.choices(self.kinds, [share for *_, share in self.kinds])[0]
-                given, answer_from = rng.choice(openers), False
-                limit = min(len(given) + rng.choice(lengths), args.length - len(self.closing) - 16)
+                given = rng.choice(openers)
+            limit = min(len(given) + rng.choice(lengths), args.length - len(self.closing) - 16) if lengths else 0
             user_heat = rng.choice((0.7, 0.8, 0.9, 1.0))
-            if not self.prompts:
+            if heat is None:
                 heat = 0.0 if rng.random() < args.greedy_share else 0.7
-            columns.append((given, len(given), len(given) * answer_from, limit, user_heat, heat))
+            columns.append((given, len(given), 0 if lengths else len(given), limit, user_heat, heat))
         text, *values = zip(*columns)
         device, rows = self.text.device, torch.tensor(list(rows), device=self.text.device)
         width = max(map(len, text))
@@ -221,6 +227,8 @@ def generate(args) -> None:
     from run import Text
     if args.length < 128:
         raise SystemExit(f"error: argument --length is {args.length}; expected at least 128")
+    if args.cut and not args.prompts:
+        raise SystemExit("error: argument --cut needs --prompts: it is their beginnings that the target writes on")
     folder, data = model_folder(args), data_folder(args)
     data.mkdir(parents=True, exist_ok=True)
     done = sorted(data.glob("shard-*.safetensors"))
@@ -230,7 +238,7 @@ def generate(args) -> None:
     model = load_model(folder, dtype=args.dtype, device=args.device, pack=False)
     words = Text(folder)
     stock = [text for path in done[1:] for text in read_text(path)] if args.compose else []
-    prompts = given_prompts(args.prompts, words, args.length - 64, done) if args.prompts else None
+    prompts = given_prompts(args.prompts, words, args.length - 64, done, random.Random(args.seed) if args.cut else None) if args.prompts else None
     writer = Writer(model, words, args, four_taps(model) if stores_features(args) else (), stock, prompts)
     if args.compose and not writer.stock:
         raise SystemExit(f"error: --compose needs answers to compose prompts of; {data} holds none after its first shard: run 'generate' without it first")
@@ -649,8 +657,10 @@ def main() -> None:
     make.add_argument("--batch", type=int, default=256)
     make.add_argument("--length", type=int, default=512, help="longest conversation, in tokens")
     make.add_argument("--answer-length", type=int, default=200)
-    make.add_argument("--compose", action="store_true", help="make long prompts, documents up to three quarters of --length, of the answers that are there")
-    make.add_argument("--prompts", help="have these prompts answered (JSON lines with id, task and turns) instead of prompts of the target's own")
+    own = make.add_mutually_exclusive_group()
+    own.add_argument("--compose", action="store_true", help="make long prompts, documents up to three quarters of --length, of the answers that are there")
+    own.add_argument("--prompts", help="have these prompts answered (JSON lines with id, task and turns) instead of prompts of the target's own")
+    make.add_argument("--cut", action="store_true", help="of each of --prompts give a beginning of random length alone, and let the target write on")
     make.add_argument("--greedy-share", type=float, default=0.8, help="share of the answers decoded greedily; the rest at temperature 0.7")
     make.add_argument("--shard-tokens", type=int, default=100_000)
     words = commands.add_parser("text", help="write the text alone into one small file, or make shards from it")
