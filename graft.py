@@ -286,63 +286,31 @@ class Drafter:
         self.logits, self.hidden = logits[:, -1], hidden[:, -1:]
 
     def expand(self, root: int, depth: int, top_k: int, sampler: Sampler) -> Iterator[Tree]:
-        """Yield the tree after expansion step 0 (the root's children), 1, ... `depth`; whoever stops asking stops drafting. On a GPU a
-        step is under way before the one above it is looked at: what the host does in between, and what it retrieves once it has
-        stopped asking, is done beside it."""
-        self.tree, self.ran, length = Tree.rooted(root), [], self.cache.length     # ran: the nodes in the order of their cache rows
-        steps, frontier = self._steps(depth, top_k, sampler), [0]
-        try:
-            for children in ahead(steps) if self.logits.is_cuda else steps:
-                tokens, logprobs, kept = children()
-                self.ran += [node for node in frontier if node]
-                grown = self.tree.expand(frontier, tokens, logprobs)
-                frontier = [grown[child] for child in kept]
-                yield self.tree
-        finally:
-            self.cache.length = length                                             # guesses are not kept
-
-    def _steps(self, depth: int, top_k: int, sampler: Sampler) -> Iterator[Callable[[], list[list]]]:
-        """The beam search, which stays on the device. Yields for each step how to fetch the frontier's children: target ids and
-        log-probabilities [frontier, k], and which of them, counted row by row, are the next frontier."""
-        start, logits, hidden, device = self.cache.length, self.logits, self.hidden, self.logits.device
+        """Yield the tree after expansion step 0 (the root's children), 1, ... `depth`; whoever stops asking stops drafting."""
+        self.tree, self.ran, start = Tree.rooted(root), [], self.cache.length      # ran: the nodes in the order of their cache rows
+        logits, hidden, device, frontier = self.logits, self.hidden, self.logits.device, [0]
         self.cache.reserve(start + depth * top_k)
         # A frontier node attends to all committed rows, and to those drafted rows that are its ancestors or itself.
         seen = torch.zeros(1, 0, dtype=torch.bool, device=device)                  # [frontier, draft rows so far]
         scores = torch.zeros(1, dtype=torch.float64, device=device)
-        for step in range(depth + 1):
-            values, ids = sampler.lean(logits, step, self.ids).topk(min(top_k, logits.shape[-1]), dim=-1)
-            ids, sums = self.ids[ids], (scores[:, None] + values).flatten()
-            scores, kept = sums.topk(min(top_k, len(sums)))
-            yield fetch(ids, values, kept)
-            if step < depth:
-                n, above = len(kept), kept // ids.shape[1]
-                seen = torch.cat((seen[above], torch.eye(n, dtype=torch.bool, device=device)), dim=1)
-                positions = torch.full((1, n), self.dropped + start + step, device=device)
-                logits, hidden = self.step(ids.flatten()[kept][None], hidden[:, above], positions, seen)   # children share their parent's feature
-                logits = logits[0]
-                self.cache.commit(list(range(n)))
-
-
-def fetch(*tensors: Tensor) -> Callable[[], list[list]]:
-    """Start to copy tensors to the host; the call that is returned waits for them alone, not for what the device is given later."""
-    if not tensors[0].is_cuda:
-        return lambda: [tensor.tolist() for tensor in tensors]
-    copies, done = [tensor.to("cpu", non_blocking=True) for tensor in tensors], torch.cuda.Event()
-    done.record(torch.cuda.current_stream(tensors[0].device))
-
-    def wait() -> list[list]:
-        done.synchronize()
-        return [copy.tolist() for copy in copies]
-    return wait
-
-
-def ahead(steps: Iterator) -> Iterator:
-    """The same items, each handed out once the next one has been asked for."""
-    item = next(steps)
-    for following in steps:
-        yield item
-        item = following
-    yield item
+        try:
+            for step in range(depth + 1):
+                values, ids = sampler.lean(logits, step, self.ids).topk(min(top_k, logits.shape[-1]), dim=-1)     # [frontier, k]
+                ids, sums = self.ids[ids], (scores[:, None] + values).flatten()
+                scores, kept = sums.topk(min(top_k, len(sums)))                    # which children, counted row by row, go on
+                grown = self.tree.expand(frontier, ids.tolist(), values.tolist())
+                frontier = [grown[child] for child in kept.tolist()]
+                yield self.tree
+                if step < depth:
+                    n, above = len(kept), kept // ids.shape[1]
+                    seen = torch.cat((seen[above], torch.eye(n, dtype=torch.bool, device=device)), dim=1)
+                    positions = torch.full((1, n), self.dropped + start + step, device=device)
+                    logits, hidden = self.step(ids.flatten()[kept][None], hidden[:, above], positions, seen)   # children share their parent's feature
+                    logits = logits[0]
+                    self.cache.commit(list(range(n)))
+                    self.ran += frontier
+        finally:
+            self.cache.length = start                                              # guesses are not kept
 
 
 class EagleDrafter(Drafter):

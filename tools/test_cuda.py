@@ -86,27 +86,6 @@ def test_other_drafters_say_what_the_cpu_says(drafter):
         assert say(gpu, own, prompt, method="graft") == say(cpu, None, prompt, method="ar")
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-def test_a_draft_waits_for_nothing_until_it_is_fetched(graphs):
-    gpu, head = there(TARGET, graphs), there(HEAD, graphs)
-    drafter, sampler = EagleDrafter(head), base.Sampler(GraftConfig(), base.VOCAB, gpu.device)
-    with torch.inference_mode():
-        drafter.observe(torch.randn(1, 9, 3 * TARGET.config.hidden_size, device=DEVICE), torch.arange(10, device=DEVICE)[None])
-        grown = [(list(tree.tokens), list(tree.scores)) for tree in drafter.expand(9, 4, 4, sampler)]
-        if DEVICE == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            steps = list(drafter._steps(4, 4, sampler))
-        finally:
-            if DEVICE == "cuda":
-                torch.cuda.set_sync_debug_mode("default")
-        fetched, tree, frontier = [step() for step in steps], base.Tree.rooted(9), [0]
-    for (tokens, logprobs, kept), (all_tokens, all_scores) in zip(fetched, grown, strict=True):
-        nodes = tree.expand(frontier, tokens, logprobs)
-        frontier = [nodes[i] for i in kept]
-        assert tree.tokens == all_tokens and tree.scores == pytest.approx(all_scores)
-
-
 def test_growing_storage_and_a_conversation(monkeypatch):
     monkeypatch.setattr(KVCache, "STEP", 4)
     cpu, gpu, head = copy.deepcopy(TARGET).float(), there(TARGET, True), there(HEAD, True)
