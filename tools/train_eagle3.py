@@ -4,11 +4,12 @@
     python tools/train_eagle3.py generate --tokens 4000000      # resumable: finished shards are kept and counted
     python tools/train_eagle3.py generate --compose --length 1024 --tokens 5000000      # and 1M with long prompts
     python tools/train_eagle3.py generate --prompts assets/prompts.jsonl --tokens 5700000   # and 0.7M in answer to given prompts
+    python tools/train_eagle3.py generate --prompts assets/prompts.jsonl --cut --tokens 9700000   # and 4M that go on where these are cut
     python tools/train_eagle3.py train --out HEAD               # resumable
 
 The target samples a user turn from the open user slot of its chat template (seven in ten after a short opener that names a
 kind of task), the template's own tokens close it, and the target answers, greedily or at a temperature. Long prompts are composed
-of such answers; others, ours or those of your users, are given in a file. Kept are the tokens and, on a CPU, the outputs of four layers:
+of such answers; others, ours or those of your users, are given in a file, or their beginnings are. Kept are the tokens and, on a CPU, the outputs of four layers:
 the three that an EAGLE-3 head reads, and the last, from which the target's distribution follows. Nothing here reads a benchmark prompt.
 """
 
