@@ -101,14 +101,16 @@ def given_prompts(file: str, words, longest: int, shards: list[Path], cut: rando
     prompts = [prefix + words.encode(entry["text"]) + closing for entry in read_prompts(file, None)]
     random.Random(0).shuffle(prompts)
     fitting = [tokens for tokens in prompts if len(tokens) <= longest]
-    answered = {tuple(tokens[:start]) for path in shards for tokens, start in read_text(path)}
-    fresh = [tokens for tokens in fitting if tuple(tokens) not in answered]
-    print(f"{len(fresh)} prompts without an answer yet, {len(fitting) - len(fresh)} with one; {len(prompts) - len(fitting)} have more than {longest} tokens", flush=True)
     if not fitting:
         raise SystemExit(f"error: argument --prompts is {file}, whose prompts all have more than {longest} tokens; give a larger --length")
+    longer = f"{len(prompts) - len(fitting)} have more than {longest} tokens"
     if cut:
-        least, most = len(prefix) + 1, -len(closing) or None
-        return ((tokens[:cut.randint(least, len(tokens[:most]))], None) for tokens in iter(lambda: cut.choice(fitting), None))
+        print(f"{len(fitting)} prompts to begin with; {longer}", flush=True)
+        drawn = iter(lambda: cut.choice(fitting), None)
+        return ((tokens[:cut.randint(len(prefix) + 1, len(tokens) - len(closing))], None) for tokens in drawn)
+    answered = {tuple(tokens[:start]) for path in shards for tokens, start in read_text(path)}
+    fresh = [tokens for tokens in fitting if tuple(tokens) not in answered]
+    print(f"{len(fresh)} prompts without an answer yet, {len(fitting) - len(fresh)} with one; {longer}", flush=True)
     return itertools.chain(zip(fresh, itertools.repeat(0.0)), zip(itertools.cycle(fitting), itertools.repeat(0.7)))
 
 
