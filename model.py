@@ -55,6 +55,14 @@ class ModelConfig:
     target_hidden_size: int = 0
     taps: tuple[int, ...] = ()           # outputs of these layers (-1: the embeddings) feed the head
 
+    @property
+    def parameters(self) -> int:
+        """Of a target, those of its matrices."""
+        H, attention = self.hidden_size, 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
+        moe = len(self.moe_layers)
+        mlp = (self.num_hidden_layers - moe) * self.intermediate_size + moe * self.num_experts * self.moe_intermediate_size
+        return H * (self.num_hidden_layers * attention + 3 * mlp + (1 if self.tie_word_embeddings else 2) * self.vocab_size)
+
     @classmethod
     def read(cls, folder: Path, *, head: bool = False, architectures: tuple[str, ...] = ARCHITECTURES) -> "ModelConfig":
         """Read and check `folder/config.json`. Raises CheckpointError naming the field, its value and what is accepted."""
@@ -303,7 +311,10 @@ class KVCache:
         A mask is for the last of `columns`; without one, what was written last ends them."""
         n = rows.shape[2]
         columns = self.length + n if mask is None else self.columns(queries.shape[2], n)
-        return attention(queries, *self.write(layer, rows).narrow(2, 0, columns).chunk(2, dim=1), mask)
+        kept = self.write(layer, rows).narrow(2, 0, columns)
+        if kept.dtype != queries.dtype:                                                # a prompt in mixed precision
+            kept = kept.to(queries.dtype)
+        return attention(queries, *kept.chunk(2, dim=1), mask)
 
     def commit(self, rows: list[int]) -> None:
         """Keep these of the rows written last (0 = the first of them), in this order; the others are overwritten next time."""
@@ -437,9 +448,21 @@ class Part(nn.Module):
         cls.__call__ = cls.forward
 
 
+def halves_work() -> bool:
+    """Whether this CPU's torch multiplies float32 by packed float16 weights."""
+    return torch.backends.mkldnn.is_available() and torch.backends.quantized.engine in ("fbgemm", "x86")
+
+
+def mixes(config: ModelConfig, device: str | torch.device) -> bool:
+    """Whether `load_model` takes mixed=True."""
+    return torch.device(device).type == "cpu" and halves_work() and not config.moe_layers
+
+
 def half_scale(weight: Tensor) -> float:
     """A power of two times which float16 holds a float32 matrix: no element is off by more than 2^-24 of the largest, as little as a
     float32 product tells. There is one where the matrix was stored in bfloat16 or float16; 0 where there is none."""
+    if torch.equal(weight.half().float(), weight):     # most checkpoints; the rest takes forty times as long to find out
+        return 1.0
     largest = float(weight.abs().max())
     if 2**-20 < largest < 2**20:
         for scale in (1.0, 2.0 ** (15 - math.frexp(largest)[1])):
@@ -452,37 +475,52 @@ def half_scale(weight: Tensor) -> float:
 class Linear(Part):
     """x @ weight.T without bias. After `pack()` on a CPU it runs on prepacked weights: oneDNN's in bfloat16, about twice as fast at
     n = 1, and nearly as fast at n = 8 as at n = 1; in float32 FBGEMM's where float16 holds the matrix, which is half
-    as much to read, and gives a row the same numbers however many there are; else oneDNN's too."""
+    as much to read, and gives a row the same numbers however many there are; else oneDNN's too. Mixed: both, and x's dtype decides."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.inputs, self.packed, self.scale = inputs, None, 0.0          # scale: what the packed weights were multiplied by, if they are float16
+        self.inputs, self.packed, self.halves, self.scale = inputs, None, None, 0.0   # halves: the weights as float16, times scale
 
-    def pack(self) -> None:
-        """Where that is the faster path: a CPU, in float32 or bfloat16. Inference only."""
+    def pack(self, mixed: bool = False, prompts: bool = True) -> None:
+        """Where that is the faster path: a CPU, in float32 or bfloat16. Inference only. mixed: bfloat16 weights, for x in float32 too.
+        prompts: whether many rows ever come; else mixed packs no weights for them."""
         weight = self.weight.detach().contiguous()
         if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
             return
-        if weight.dtype == torch.float32 and torch.backends.quantized.engine in ("fbgemm", "x86"):
-            self.scale = half_scale(weight)
-        if self.scale:
-            self.packed = torch.ops.quantized.linear_prepack_fp16(weight if self.scale == 1 else weight * self.scale, None)
-        else:
+        if (mixed or weight.dtype == torch.float32) and halves_work():
+            wide = weight.float()
+            self.scale = half_scale(wide)
+            if self.scale:
+                self.halves = torch.ops.quantized.linear_prepack_fp16(wide if self.scale == 1 else wide * self.scale, None)
+        if self.halves is None or mixed and prompts:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
         self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.halves is not None and x.dtype == torch.float32:
+            return torch.ops.quantized.linear_dynamic_fp16.default(x if self.scale == 1 else x * (1 / self.scale), self.halves)
         if self.packed is None:
-            return F.linear(x, self.weight)
-        if self.scale:
-            return torch.ops.quantized.linear_dynamic_fp16.default(x if self.scale == 1 else x * (1 / self.scale), self.packed)
+            return F.linear(x, self.weight) if self.halves is None else self(x.float()).to(x.dtype)
+        if x.dtype != self.packed.dtype:     # mixed, and float16 does not hold the weights
+            return self(x.to(self.packed.dtype)).to(x.dtype)
         n = x.shape[-2]
         if x.numel() == x.shape[-1]:    # one row: oneDNN's kernel for five reads the weights faster, and gives the same row
             return self(x.expand(*x.shape[:-2], 5, -1)).narrow(-2, 0, 1)
         if n > 32 and n % 8:     # oneDNN keeps megabytes of code for every number of rows that it has seen: let it see few
             return self(F.pad(x, (0, 0, 0, -n % 8)))[..., :n, :]
         return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, None, "none", [], "")
+
+
+class Embedding(Part):
+    """nn.Embedding without its first values, for which torch imports 800 modules on the meta device: a second of every start."""
+
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
 
 
 class RMSNorm(Part):
@@ -492,11 +530,11 @@ class RMSNorm(Part):
         super().__init__()
         self.weight, self.eps, self.packed = nn.Parameter(torch.empty(size)), eps, None
 
-    def pack(self) -> None:
+    def pack(self, mixed: bool = False) -> None:
         """For float32 on a CPU, where torch's own takes twice the time in small kernels: with n = size, mean(x^2) + eps is (|x|^2 + n eps) / n. Inference only."""
-        if self.weight.device.type == "cpu" and self.weight.dtype == torch.float32:
+        if self.weight.device.type == "cpu" and (mixed or self.weight.dtype == torch.float32):
             size = len(self.weight)
-            self.packed = self.weight.detach() * math.sqrt(size), torch.tensor(math.sqrt(size * self.eps))
+            self.packed = self.weight.detach().float() * math.sqrt(size), torch.tensor(math.sqrt(size * self.eps))
 
     def forward(self, x: Tensor) -> Tensor:
         """In half precision on a CPU the layer norm of (x, -x), whose mean is 0 and whose variance is the mean of x squared: one fused kernel
@@ -617,6 +655,7 @@ class _Decoder(nn.Module):
     graphs: whether short forwards under inference_mode run as CUDA graphs; None: yes on CUDA. True on a CPU runs the same buffers
     uncaptured, for tests. Caches must come from `new_cache` after it is set."""
 
+    mixed = False            # weights in bfloat16; prompts too, all else in float32
     graphs: bool | None = None
     graph_pool = graph_stream = None
     captured = 0                                                                   # graphs made so far
@@ -665,6 +704,9 @@ class _Decoder(nn.Module):
                 and tokens.shape[1] <= (CAUSAL if mask is None else BUCKETS[-1]) and (mask is None or mask.dim() == 2)
                 and torch.is_inference_mode_enabled() and not (tokens.is_cuda and self.waits()))
 
+    def wide(self, x: Tensor) -> Tensor:
+        return x.float() if self.mixed else x
+
     def waits(self) -> bool:
         """Whether a layer has to wait for numbers on a GPU: a graph cannot."""
         return False
@@ -683,7 +725,8 @@ class _Decoder(nn.Module):
         return [None if out is None else out[:, :n].clone() for out in outputs]
 
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        cache = KVCache(self.config, capacity, self.norm.weight.dtype, self.norm.weight.device, batch)
+        dtype = torch.float32 if self.mixed else self.norm.weight.dtype
+        cache = KVCache(self.config, capacity, dtype, self.norm.weight.device, batch)
         if batch == 1 and (self.norm.weight.is_cuda if self.graphs is None else self.graphs):
             cache.spare = self.spare
         return cache
@@ -694,7 +737,7 @@ class Model(_Decoder):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
@@ -706,6 +749,11 @@ class Model(_Decoder):
     @property
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
+
+    @property
+    def precision(self) -> str:
+        """What --dtype calls it."""
+        return "mixed" if self.mixed else str(self.dtype).removeprefix("torch.")
 
     def waits(self) -> bool:
         sparse = self.config.moe_layers
@@ -725,6 +773,7 @@ class Model(_Decoder):
             logits, features = self.replay((tokens, positions), cache, mask, taps=taps)
             return logits[:, -1:] if last_only else logits, features
         x = self.embed_tokens(tokens)                                              # [b, n, H]
+        x = x if mask is None and tokens.numel() > 16 else self.wide(x)            # mixed: a prompt stays in bfloat16
         rotary = self.rotary(positions, x.dtype)
         final = len(self.layers) - 1
         alone = final if last_only and mask is None and final not in taps else None   # the layer that only the last token goes through
@@ -734,7 +783,7 @@ class Model(_Decoder):
             x = layer(x, rotary, mask, cache, layer.index == alone)
             if layer.index in taps:
                 tapped[layer.index] = x
-        logits = self.lm_head(self.norm(x[:, -1:] if last_only else x))
+        logits = self.lm_head(self.norm(self.wide(x[:, -1:] if last_only else x)))
         return logits, torch.cat([tapped[i] for i in taps], dim=-1) if taps else None
 
 
@@ -750,7 +799,7 @@ class Eagle3(_Decoder):
         H, eps = config.hidden_size, config.rms_norm_eps
         self.taps = taps
         self.fc = Linear(len(taps) * config.target_hidden_size, H)
-        self.embed_tokens = nn.Embedding(config.vocab_size, H)
+        self.embed_tokens = Embedding(config.vocab_size, H)
         self.input_layernorm, self.hidden_norm = RMSNorm(H, eps), RMSNorm(H, eps)
         self.self_attn = Attention(config, 2 * H)
         self.post_attention_layernorm = RMSNorm(H, eps)
@@ -771,12 +820,13 @@ class Eagle3(_Decoder):
         if self.graphed(tokens, cache, mask):
             logits, out = self.replay((tokens, hidden, positions), cache, mask)
             return logits[:, -1:] if last_only else logits, out[:, -1:] if last_only and mask is None else out
-        x = torch.cat((self.input_layernorm(self.embed_tokens(tokens)), self.hidden_norm(hidden)), dim=-1)  # [b, n, 2H]
+        x = self.embed_tokens(tokens).to(hidden.dtype)
+        x = torch.cat((self.input_layernorm(x), self.hidden_norm(hidden)), dim=-1) # [b, n, 2H]
         alone = last_only and mask is None
         mask = None if alone else self.group(mask, tokens.shape[1], cache, x.dtype)
         hidden = (hidden[:, -1:] if alone else hidden) + self.self_attn(x, self.rotary(positions, x.dtype), mask, cache, 0, alone)
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return self.lm_head(self.norm(hidden[:, -1:] if last_only else hidden)), hidden
+        return self.lm_head(self.norm(self.wide(hidden[:, -1:] if last_only else hidden))), hidden
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
@@ -841,11 +891,12 @@ def _read_tensor(path: Path, name: str) -> Tensor:
         return file.get_tensor(name)
 
 
-def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple]], dtype, device, optional=(), pack: bool = False) -> None:
+def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple]], dtype, device, optional=(), pack: bool = False,
+          mixed: bool = False) -> None:
     """Give every parameter of a meta-device `module` its tensor. `parts` maps a parameter to the tensors of the checkpoint,
     with their shapes, that are stacked to make it. A missing, extra or misshapen tensor is an error that names it. With `pack`, each
     matrix is packed before the next is read."""
-    used = set(optional)
+    module.mixed, used = mixed, set(optional)
     for name, value in module.state_dict().items():
         pieces = []
         for source, shape in parts.get(name, {name: tuple(value.shape)}).items():
@@ -863,7 +914,7 @@ def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple
         owner = module.get_submodule(owner)
         owner.load_state_dict({own: pieces[0] if len(pieces) == 1 else torch.cat(pieces).view(value.shape)}, strict=False, assign=True)
         if pack and isinstance(owner, (Linear, RMSNorm)):
-            owner.pack()
+            owner.pack(mixed, **{"prompts": False} if name == "lm_head.weight" else {})
     extra = sorted(set(tensors.shapes) - used)
     if extra:
         more = f" and {len(extra) - 1} more" if extra[1:] else ""
@@ -909,16 +960,19 @@ def unstacked(module: nn.Module, parts: dict[str, dict[str, tuple]], dtype: torc
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu",
-               pack: bool = True) -> Model:
+               pack: bool = True, mixed: bool = False) -> Model:
     """Load a target from a local folder holding config.json and safetensors.
 
-    `pack` prepacks its matrices on a CPU. Raises CheckpointError on an unknown architecture or field and on any missing,
-    extra or misshapen tensor.
+    pack: prepack its matrices, on a CPU. mixed: do so twice, for a dense model in bfloat16 on an x86 CPU, so that prompts run in bfloat16 and all
+    else, caches too, in float32. Raises ValueError where it cannot be mixed, CheckpointError on an unknown architecture or field and on any
+    missing, extra or misshapen tensor.
     """
     folder = Path(folder)
     if torch.device(device).type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)      # it plans a kernel for every new length of the text: some 25 ms each, on an H200
     config = ModelConfig.read(folder)
+    if mixed and not (pack and dtype == torch.bfloat16 and mixes(config, device)):
+        raise ValueError(f"{folder}: mixed precision takes a dense model, packed in bfloat16, on an x86 CPU")
     tensors, experts = _Tensors(folder), len(config.moe_layers) * config.num_experts
     if config.num_hidden_layers + experts > len(tensors.shapes):     # found out before memory is spent on them
         raise CheckpointError(f"{folder / 'config.json'}: field 'num_hidden_layers' is {config.num_hidden_layers}, with {experts} experts in all; "
@@ -931,11 +985,11 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, devic
     parts = checkpoint_layout(model)
     if config.tie_word_embeddings:
         model.lm_head.weight = None                    # not read a second time
-    _fill(model, tensors, parts, dtype, device, optional, pack)
+    _fill(model, tensors, parts, dtype, device, optional, pack, mixed)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
         if pack:
-            model.lm_head.pack()
+            model.lm_head.pack(model.mixed, prompts=False)
     return model
 
 
@@ -979,7 +1033,7 @@ def load_eagle3(folder: str | Path, target: Model, *, pack: bool = True) -> Eagl
             raise CheckpointError(f"{tensors.where}: tensor 'd2t' is missing; expected shape [{config.draft_vocab_size}]")
         del head.d2t
     _fill(head, tensors, _stacked(config, "", "", 2 * config.hidden_size, config.intermediate_size), target.dtype, target.device,
-          {"t2d", *(name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq"))}, pack)
+          {"t2d", *(name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq"))}, pack, target.mixed)
     if shared:
         head.embed_tokens = target.embed_tokens
     if not hasattr(head, "d2t"):
@@ -1003,9 +1057,9 @@ def load_draft(folder: str | Path, target: Model) -> Eagle3 | Model:
     arch = names[0] if isinstance(names, list) and names else names
     if arch not in ARCHITECTURES or "draft_vocab_size" in raw or "eagle_config" in raw:
         return load_eagle3(folder, target)
-    got, want = ModelConfig.read(Path(folder)).vocab_size, target.config.vocab_size
-    if got != want:
-        raise CheckpointError(f"{path}: field 'vocab_size' is {got}, but the target's is {want}: a draft model needs the target's vocabulary")
-    draft = load_model(folder, dtype=target.dtype, device=target.device)
+    config, want = ModelConfig.read(Path(folder)), target.config.vocab_size
+    if config.vocab_size != want:
+        raise CheckpointError(f"{path}: field 'vocab_size' is {config.vocab_size}, but the target's is {want}: a draft model needs the target's vocabulary")
+    draft = load_model(folder, dtype=target.dtype, device=target.device, mixed=target.mixed and mixes(config, target.device))
     draft.graphs = target.graphs
     return draft

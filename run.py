@@ -30,7 +30,7 @@ import torch  # noqa: E402
 sys.path += [str(Path(__file__).resolve().parent / folder) for folder in ("tools", "variants")]
 from demo_model import command_line, demo_model  # noqa: E402
 from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, Stats, run_rounds  # noqa: E402
-from model import CheckpointError, Model, fetch_checkpoint, load_draft, load_model, read_json  # noqa: E402
+from model import CheckpointError, Model, ModelConfig, fetch_checkpoint, load_draft, load_model, mixes, read_json  # noqa: E402
 from render_template import render_template  # noqa: E402
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, whole  # noqa: E402
 from tree import TARGET, Tree  # noqa: E402
@@ -42,12 +42,13 @@ CPU_BUDGET, GPU_BUDGET = 15, 60      # nodes below the root where nothing was ca
 PAPER = dict(budget=60, depth=7, draft_top_k=10, verify_cost=())   # EAGLE-3's defaults, on which the paper builds
 ABLATIONS = {                        # what bench runs besides the methods: the method, and what it changes
     "eagle_60": ("eagle", PAPER),
-    "graft_60": ("graft", PAPER | {name: getattr(GraftConfig, name) for name in ("checkpoints", "thresholds", "retained", "trust")}),
+    "graft_60": ("graft", PAPER | {name: getattr(GraftConfig, name) for name in ("checkpoints", "thresholds", "retained", "trust", "adjacency")}),
     "graft_at_root": ("graft", dict(graft_anchors=0)),       # pruned; METHODS' graft_root is not
+    "graft_adjacency": ("graft", dict(adjacency=True)),      # where calibration leaves it out
     "graft_no_adjacency": ("graft", dict(adjacency=False)),
     "graft_not_leaning": ("graft", dict(lean=False)),
     "graft_unmerged": ("graft", dict(merge=False)),
-    "graft_no_ngrams": ("graft", dict(ngrams=False)),
+    "graft_no_ngrams": ("graft", dict(ngrams=False, adjacency=True)),
 }
 VARIANTS = {                         # methods of the neighbours, each with its file in variants/
     "depth_pruned": "depth_pruned", "depth_pruned_graft": "depth_pruned",
@@ -58,7 +59,7 @@ VARIANTS = {                         # methods of the neighbours, each with its 
 }
 OWN_DRAFT = {name for name, module in VARIANTS.items() if module in ("universal", "dflash")}   # variants that load --draft themselves
 EVERY = [*METHODS, *ABLATIONS, *VARIANTS]
-NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}   # gap of two float32 logits that rounding in this dtype can close
+NEAR_TIE = {"float32": 1e-3, "mixed": 1e-3, "bfloat16": 0.5, "float16": 0.1}   # gap of two float32 logits that rounding in this dtype can close
 
 
 def say(*words, end="\n") -> None:
@@ -224,12 +225,12 @@ class Setup:
         """The configuration of a method or an ablation, with what was calibrated for this device."""
         method, changes = ABLATIONS.get(method, (method, {}))
         like = "eagle" if METHODS[method].draft and not METHODS[method].prune else "graft" if method.startswith("graft") else method
-        tuned = self.tuned.get(like, {})
-        return replace(self.base, **{"method": method} | tuned | changes)
+        tuned, adjacency = self.tuned.get(like, {}), self.tuned.get("graft", {}).get("adjacency", True) or like == "retrieve"
+        return replace(self.base, **{"method": method, "adjacency": adjacency} | tuned | changes)
 
     @property
     def tie(self) -> float:
-        return NEAR_TIE.get(str(self.model.dtype).removeprefix("torch."), 1e-9)
+        return NEAR_TIE.get(self.model.precision, 1e-9)
 
     def exact(self) -> Model:
         """The target in float32 at least, as the judge of near ties."""
@@ -257,23 +258,26 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 wherever the hardware multiplies it, else float32."""
+def choose_dtype(name: str, device: torch.device, config: ModelConfig) -> tuple[torch.dtype, bool]:
+    """A dtype, and whether mixed. Unless named: bfloat16 wherever the hardware multiplies it, else float32; mixed on a CPU where a model is
+    small, since oneDNN's bfloat16 takes longer to read small matrices, and larger ones should not be kept twice."""
+    if name == "mixed" and not mixes(config, device):
+        raise ValueError("--dtype is 'mixed', which takes a dense model on an x86 CPU; try bfloat16 or float32")
     if name != "auto":
-        return getattr(torch, name)
+        return getattr(torch, "bfloat16" if name == "mixed" else name), name == "mixed"
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if fast else torch.float32, fast and mixes(config, device) and config.parameters < 2**29
 
 
 def set_up(args) -> Setup:
     device = choose_device(args.device)
-    dtype = choose_dtype(args.dtype, device)
     folder = fetch_checkpoint(args.model, args.revision) if args.model else demo_model(say)
     text = Text(folder)
-    model = load_model(folder, dtype=dtype, device=device)
+    dtype, mixed = choose_dtype(args.dtype, device, ModelConfig.read(folder))
+    model = load_model(folder, dtype=dtype, device=device, mixed=mixed)
     model.graphs = False if args.no_graphs else None       # what drafts for it follows
     text.check(model)
     own = OWN_DRAFT & {*(getattr(args, "methods", None) or "").split(","), getattr(args, "method", None)}
@@ -291,7 +295,7 @@ def set_up(args) -> Setup:
     config = GraftConfig(max_new_tokens=args.max_new_tokens, seed=args.seed, temperature=args.temperature, top_k=args.top_k,
                          top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty,
                          budget=args.budget or (CPU_BUDGET if device.type == "cpu" else GPU_BUDGET))
-    path = CALIBRATION / f"smollm2-135m-instruct-{device.type}-{str(dtype).removeprefix('torch.')}.json" if not args.model else None
+    path = CALIBRATION / f"smollm2-135m-instruct-{device.type}-{model.precision}.json" if not args.model else None
     path = Path(args.calibration) if args.calibration else path
     tuned = read_calibration(path) if path and (args.calibration or path.exists()) else {}
     for fields in tuned.values() if args.budget else ():
@@ -395,7 +399,7 @@ def answer(setup: Setup, plan: Plan, ids: list[int], state: State, args, show=No
 def summary(setup: Setup, method: str, stats: Stats, seconds: float) -> str:
     model = setup.model
     return (f"{stats.tokens} tokens in {seconds:.2f} s, {stats.tokens / seconds:.1f} tokens/s, {stats.mean_accepted:.2f} tokens a round "
-            f"({method}, {str(model.dtype).removeprefix('torch.')}, {model.device.type})")
+            f"({method}, {model.precision}, {model.device.type})")
 
 
 def command_generate(args) -> int:
@@ -495,7 +499,7 @@ def environment(setup: Setup) -> dict:
         cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), cpu)
     device = setup.model.device
     return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, "kind": device.type,
-            "dtype": str(setup.model.dtype).removeprefix("torch."), "torch": torch.__version__, "threads": torch.get_num_threads(),
+            "dtype": setup.model.precision, "torch": torch.__version__, "threads": torch.get_num_threads(),
             "python": platform.python_version(), "seed": setup.base.seed}
 
 
@@ -744,7 +748,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--draft", help="EAGLE-3 head, a smaller model (of any vocabulary for `universal`), or a DFlash drafter for `dflash`: folder or Hub id")
     add("--draft-window", type=int, metavar="N", help="let the head see the last N to 2 N tokens only (default: all)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32", "float64"))
+    add("--dtype", default="auto", choices=("auto", "mixed", "bfloat16", "float16", "float32", "float64"),
+        help="mixed, on a CPU: prompts in bfloat16, all else in float32")
     add("--no-graphs", action="store_true", help="on a GPU, launch every kernel instead of replaying CUDA graphs")
     add("--max-new-tokens", type=int, default=128 if command in ("bench", "verify") else 512)
     add("--budget", type=int, help=f"most nodes a tree holds below its root (default: as calibrated, else {CPU_BUDGET} on a CPU, {GPU_BUDGET} on a GPU)")

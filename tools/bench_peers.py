@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--prompts", required=True)
     parser.add_argument("--limit-per-task", type=int)
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "mixed", "bfloat16", "float32"))
     parser.add_argument("--model", help="folder or Hub id (default: the demo model)")
     parser.add_argument("--methods", default="ar,graft", help="ours")
     parser.add_argument("--peers", default="greedy,prompt-lookup", help=f"some of {', '.join(PEERS)} (compiling takes a minute or more)")

@@ -10,11 +10,12 @@ The cost model. A round that takes s expansion steps of the head and verifies n 
 with t(n) the target's time for a forward of root + n nodes, t_observe and t_head the head's time to read the accepted tokens
 and for one expansion step, and t_rest everything else (retrieval, merging, bookkeeping); all are measured here. It commits
 1 + A tokens, A being the accepted nodes. By renewal reward, the policy with the most tokens a second is the one that in every
-round maximises 1 + A - rate * T, for the rate that this policy itself reaches. Two decisions follow:
+round maximises 1 + A - rate * T, for the rate that this policy itself reaches. Three decisions follow:
 
 - which nodes to verify: the likeliest n for which the sum of their probabilities less rate * t(n) is largest. rate * t(n) is
   `verify_cost` in GraftConfig, the price of n nodes in tokens, and it takes the place of the paper's stage budgets: on a CPU,
   where t(n) rises, trees stay small; where t(n) is flat they fill the budget K_max.
+- whether the adjacency matrix is worth its time: the tokens that it adds, against its share of t_rest;
 - when to stop drafting: another step pays while confidence c_d = exp(max S_d) is high enough. The thresholds tau_d are found by
   coordinate search over recorded rounds: one pair (confidence, gain) for each step and each text position.
 
@@ -82,7 +83,7 @@ def measure(setup: run.Setup, length: int, repeats: int) -> tuple[list[float], f
     calls = {n: (lambda n=n: forward(n)) for n in grid}
     if state.drafter:
         drafter = state.drafter
-        features = torch.randn(1, 3, 3 * model.config.hidden_size, device=model.device).to(model.dtype)
+        features = torch.randn(1, 3, 3 * model.config.hidden_size, device=model.device).to(state.cache.rows.dtype)
         tokens, sampler = torch.tensor([[5, 6, 7, 8]], device=model.device), Sampler(GraftConfig(), model.config.vocab_size, model.device)
         drafter.observe(features.repeat(1, length // 3, 1), tokens[:, :1].repeat(1, length // 3 * 3 + 1))
 
@@ -101,13 +102,17 @@ def measure(setup: run.Setup, length: int, repeats: int) -> tuple[list[float], f
     return t, times.get("observe", 0.0), times.get("expand", 0.0) / 4
 
 
-def bookkeeping(setup: run.Setup, prompts: list[list[int]], options: argparse.Namespace) -> float:
-    """t_rest: milliseconds that a round takes besides the forwards, of retrieval, merging and the update of both stores. options: run.py's."""
-    plan = setup.plan("graft" if setup.head else "retrieve")
-    plan = replace(plan, config=replace(plan.config, max_new_tokens=64))
-    stats = [run.complete(setup, plan, [prompt], options)[0][1] for prompt in [prompts[0], *prompts]][1:]     # the first is uncounted
-    spent = sum(one.seconds[step] for one in stats for step in ("retrieve", "graft", "update"))
-    return 1000 * spent / max(sum(one.rounds for one in stats), 1)
+def bookkeeping(setup: run.Setup, prompts: list[list[int]], options: argparse.Namespace) -> tuple[float, float]:
+    """t_rest with the adjacency matrix and without: milliseconds that a round takes besides the forwards, of retrieval, merging and the
+    update of the stores. options: run.py's."""
+    plan, spent = setup.plan("graft" if setup.head else "retrieve"), ([], [])
+    for turn, prompt in enumerate([prompts[0], *prompts]):
+        for adjacency, rounds in zip((True, False), spent):
+            config = replace(plan.config, max_new_tokens=64, adjacency=adjacency)
+            stats = run.complete(setup, replace(plan, config=config), [prompt], options)[0][1]
+            if turn:                                               # the first is uncounted
+                rounds.append((sum(stats.seconds[step] for step in ("retrieve", "graft", "update")), stats.rounds))
+    return tuple(1000 * sum(seconds for seconds, _ in rounds) / max(sum(count for _, count in rounds), 1) for rounds in spent)
 
 
 def bandwidth(device) -> float:
@@ -147,8 +152,8 @@ class Replay:
 def record(setup: run.Setup, prompts: list[list[int]], new: int, trust: tuple[float, float] = (1.0, 1.0)) -> list[list[dict]]:
     """For each prompt, for each position of its greedy text: what every stopping step would have verified.
 
-    A position holds, by step s, confidence[s] and, for the methods `graft` and `prune`, the nodes likeliest first as
-    (probability, was the text's, source); for `retrieve` one such list. `paper` holds its fixed stages' trees."""
+    A position holds, by step s, confidence[s] and, for the methods `graft` (also `ngrams`: without the matrix) and `prune`, the nodes likeliest
+    first as (probability, was the text's, source); for `retrieve` one such list. `paper` holds its fixed stages' trees."""
     wide = GraftConfig(method="graft", trust=trust, budget=32, verify_cost=(0.0,) * 33, depth=DEPTH, draft_top_k=TOP_K,
                        checkpoints=(), thresholds=(), retained=())
     paper = GraftConfig(method="graft", budget=60, depth=DEPTH, draft_top_k=TOP_K)
@@ -185,11 +190,12 @@ def record(setup: run.Setup, prompts: list[list[int]], new: int, trust: tuple[fl
             if not future:
                 continue
             confidence = [math.exp(max(tree.scores[len(trees[s - 1]) if s else 1:])) for s, tree in enumerate(trees)]
-            entry = {"confidence": confidence, "left": len(future), "graft": [], "prune": []}
+            entry = {"confidence": confidence, "left": len(future), "graft": [], "ngrams": [], "prune": []}
             built = lambda method, config: build(setup.model, root, replace(config, method=method), trees, state, len(future))
             for s in range(len(trees)):
-                for method in ("graft", "prune"):
-                    entry[method].append(nodes_of(built(method, replace(wide, depth=s))[0], future))
+                for method, change in (("graft", {}), ("ngrams", {"adjacency": False}), ("prune", {})):
+                    tree, _ = built("prune" if method == "prune" else "graft", replace(wide, depth=s, **change))
+                    entry[method].append(nodes_of(tree, future))
             entry["retrieve"] = nodes_of(built("retrieve", wide)[0], future)
             if trees:
                 tree, stats = built("graft", paper)
@@ -226,9 +232,9 @@ class Scorer:
     def __init__(self, texts, t, observe, head, rest):
         self.texts, self.t, self.observe, self.head, self.rest = texts, t, observe, head, rest
 
-    def walk(self, decide, retrieves: bool = True) -> dict:
+    def walk(self, decide, rest: float = 0.0) -> dict:
         """decide(position) -> (steps, nodes, n): expansion steps taken (-1: no draft head at all), nodes likeliest first, how
-        many of them to verify. t_rest is of methods that retrieve."""
+        many of them to verify. rest: t_rest."""
         tokens = rounds = spent = verified = 0
         for rounds_of in self.texts:
             at = 0
@@ -236,7 +242,7 @@ class Scorer:
                 steps, nodes, n = decide(rounds_of[at])
                 n = min(n, len(nodes))
                 accepted = sum(went for _, went, _ in nodes[:n])
-                spent += self.t[n] + self.rest * retrieves + (self.observe + steps * self.head if steps >= 0 else 0)
+                spent += self.t[n] + rest + (self.observe + steps * self.head if steps >= 0 else 0)
                 tokens, rounds, verified, at = tokens + accepted + 1, rounds + 1, verified + n, at + accepted + 1
         return {"tokens_per_second": 1000 * tokens / spent, "tokens_a_round": tokens / rounds, "nodes_a_round": verified / rounds}
 
@@ -264,7 +270,7 @@ class Scorer:
             steps = self.stop(position, taus, depth)
             nodes = position[method][steps]
             return steps, nodes, self.cut(nodes, rate)
-        return self.walk(decide, method != "prune")
+        return self.walk(decide, self.rest.get(method, 0.0))
 
 
 def choose(score: Scorer, method: str) -> dict:
@@ -310,7 +316,7 @@ def reliability(texts: list) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model"), parser.add_argument("--draft"), parser.add_argument("--device"), parser.add_argument("--out")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "mixed", "bfloat16", "float16", "float32"))
     parser.add_argument("--prompts", default=PROMPTS, metavar="FILE.jsonl", help="what the replayed texts answer")
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--length", type=int, default=256, help="committed tokens when t(n) is measured")
@@ -338,29 +344,32 @@ def main() -> None:
     texts = record(setup, prompts, args.new_tokens, trust)
     positions = sum(map(len, texts))
     print(f"{positions} positions in {time.perf_counter() - begin:.0f} s")
-    rest = bookkeeping(setup, prompts[:4], options)
+    rest = dict(zip(("graft", "ngrams"), bookkeeping(setup, prompts[:8], options)))
+    rest["retrieve"] = rest["graft"]
     score = Scorer(texts, t, observe, head, rest)
     methods = {"retrieve": choose(score, "retrieve")}
-    plain = score.walk(lambda position: (-1, [], 0), retrieves=False)
+    plain = score.walk(lambda position: (-1, [], 0))
     if setup.head:
         methods |= {"prune": choose(score, "prune"), "graft": choose(score, "graft")}
-        methods["graft"]["config"]["trust"] = trust
-        fixed = {(depth, n): score.walk(lambda position: (depth, position["prune"][depth], n), retrieves=False)
+        without = choose(score, "ngrams")
+        pays = methods["graft"]["predicted"]["tokens_per_second"] > without["predicted"]["tokens_per_second"]
+        methods["graft"] = methods["graft"] if pays else without
+        methods["graft"]["config"] |= {"trust": trust, "adjacency": pays}
+        fixed = {(depth, n): score.walk(lambda position: (depth, position["prune"][depth], n))
                  for depth in range(DEPTH + 1) for n in (3, 4, 5, 6, 7, 9, 11, 13, 15, 19, 23, 31)}
         depth, n = max(fixed, key=lambda key: fixed[key]["tokens_per_second"])
         methods["eagle"] = {"config": {"budget": n, "draft_top_k": TOP_K, "depth": depth}, "predicted": fixed[depth, n]}
-        methods["paper"] = {"predicted": score.walk(lambda position: (*position["paper"], 60))}
+        methods["paper"] = {"predicted": score.walk(lambda position: (*position["paper"], 60), rest["graft"])}
     for name, entry in methods.items():
         entry["predicted"]["speedup"] = entry["predicted"]["tokens_per_second"] / plain["tokens_per_second"]
         entry["predicted"] = {key: round(value, 3) for key, value in entry["predicted"].items()}
         print(name, entry["predicted"], {k: v for k, v in entry.get("config", {}).items() if k != "verify_cost"})
     name = Path(args.model).name if args.model else "smollm2-135m-instruct"
-    dtype = str(setup.model.dtype).removeprefix("torch.")
-    out = Path(args.out) if args.out else ROOT / "assets" / "calibration" / f"{name}-{setup.model.device.type}-{dtype}.json"
+    out = Path(args.out) if args.out else ROOT / "assets" / "calibration" / f"{name}-{setup.model.device.type}-{setup.model.precision}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     report = {"command": command_line("tools/calibrate.py"),
               "environment": run.environment(setup), "positions": positions, "plain_tokens_per_second": round(plain["tokens_per_second"], 2),
-              "floor": floor(setup.model, t), "milliseconds": {"t": [round(x, 3) for x in t], "observe": round(observe, 3), "head": round(head, 3), "rest": round(rest, 3)},
+              "floor": floor(setup.model, t), "milliseconds": {"t": [round(x, 3) for x in t], "observe": round(observe, 3), "head": round(head, 3), "rest": {method: round(ms, 3) for method, ms in rest.items()}},
               "reliability": reliability(texts), "methods": methods}
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print("wrote", out)

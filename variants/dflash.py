@@ -87,7 +87,7 @@ class DFlashDrafter:
 
     def __init__(self, net: DFlash, target: Model):
         self.net, self.target, self.taps = net, target, net.taps
-        self.cache = KVCache(net.config, 0, target.dtype, target.device)
+        self.cache = KVCache(net.config, 0, torch.float32 if target.mixed else target.dtype, target.device)
         self.ids = torch.arange(target.config.vocab_size, device=target.device)
 
     def rewind(self, length: int) -> int:
@@ -107,7 +107,7 @@ class DFlashDrafter:
         self.cache.reserve(start + net.block_size)
         block = torch.tensor([[root] + [net.mask_token_id] * (net.block_size - 1)], device=self.ids.device)
         positions = torch.arange(start, start + net.block_size, device=self.ids.device)[None]
-        return self.target.lm_head(net(self.target.embed_tokens(block), positions, self.cache)[0, 1:most + 1])
+        return self.target.lm_head(net(self.target.wide(self.target.embed_tokens(block)), positions, self.cache)[0, 1:most + 1])
 
     def expand(self, root: int, depth: int, top_k: int, sampler: Sampler) -> Iterator[Tree]:
         """Yield the tree after each of a block's positions: a node at depth i + 1 holds one of the top_k tokens of position i and
@@ -157,7 +157,8 @@ def load_dflash(folder: str | Path, target: Model, *, pack: bool = True) -> DFla
     with torch.device("meta"):
         net = DFlash(config, tuple(taps), raw["block_size"], raw["mask_token_id"])
     tensors = _Tensors(folder)
-    _fill(net, tensors, stacked(config), target.dtype, target.device, {name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq")}, pack)
+    _fill(net, tensors, stacked(config), target.dtype, target.device, {name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq")}, pack,
+          target.mixed)
     return net
 
 

@@ -89,7 +89,7 @@ class SkipDrafter(Drafter):
             self.cache.length = length
 
     def step(self, tokens: Tensor, hidden: Tensor | None, positions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        x = run(self.model, self.model.layers[:self.early], self.model.embed_tokens(tokens), positions, self.cache, mask)
+        x = run(self.model, self.model.layers[:self.early], self.model.wide(self.model.embed_tokens(tokens)), positions, self.cache, mask)
         self.exits.append(x)
         return self.model.lm_head(self.model.norm(x)) * self.sharpness, x
 
@@ -115,7 +115,7 @@ def verify_one(model: Model, sequence: Sequence, tree: Tree) -> tuple[list[int],
         reused, new = [i for i in range(n) if rows[i] is not None], [i for i in range(n) if rows[i] is None]
         order = reused + new
         positions, mask = tree.positions(length, device)[None], tree.mask(device)
-        x = model.embed_tokens(torch.tensor([tree.tokens], device=device))
+        x = model.wide(model.embed_tokens(torch.tensor([tree.tokens], device=device)))
         x[:, reused] = torch.cat(drafter.exits, dim=1)[:, [rows[i] for i in reused]]
         cache.commit([rows[i] for i in reused])
         if new:

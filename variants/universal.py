@@ -222,7 +222,7 @@ def shared(a: list[int], b: list[int]) -> int:
 def prepare(setup, method: str):
     """The fields of a Plan; `--draft` names the draft model. Raises CheckpointError and ValueError, which say what is wrong with it."""
     folder = fetch_checkpoint(setup.draft or str(DEMO_DRAFT))
-    text, model = type(setup.text)(folder), load_model(folder, dtype=setup.model.dtype, device=setup.model.device)
+    text, model = type(setup.text)(folder), load_model(folder, dtype=setup.model.dtype, device=setup.model.device, mixed=setup.model.mixed)
     model.graphs = setup.model.graphs
     text.check(model)
     translator = Translator(ByteTokenizer(text.tokenizer, folder), ByteTokenizer(setup.text.tokenizer, "the target"), model.config.vocab_size)
