@@ -207,7 +207,8 @@ def rope_frequencies(rope: dict, head_dim: int) -> tuple[Tensor, float]:
 
 # ---------------------------------------------------------------------------------------------------------- attention
 
-FEW = 64   # rows of queries, up to which a forward is decoding or verification rather than a prompt
+FEW = 64     # rows of queries, up to which a forward is decoding or verification rather than a prompt
+SHORT = 16   # tokens, up to which mixed precision reads a prompt in float32, as all that is verified: bfloat16 is not faster there
 
 
 def by_products(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:
@@ -655,7 +656,7 @@ class _Decoder(nn.Module):
     graphs: whether short forwards under inference_mode run as CUDA graphs; None: yes on CUDA. True on a CPU runs the same buffers
     uncaptured, for tests. Caches must come from `new_cache` after it is set."""
 
-    mixed = False            # weights in bfloat16; prompts too, all else in float32
+    mixed = False                                                                  # whether weights are bfloat16, and so are prompts, but all else is float32
     graphs: bool | None = None
     graph_pool = graph_stream = None
     captured = 0                                                                   # graphs made so far
@@ -773,7 +774,8 @@ class Model(_Decoder):
             logits, features = self.replay((tokens, positions), cache, mask, taps=taps)
             return logits[:, -1:] if last_only else logits, features
         x = self.embed_tokens(tokens)                                              # [b, n, H]
-        x = x if mask is None and tokens.numel() > 16 else self.wide(x)            # mixed: a prompt stays in bfloat16
+        if mask is not None or tokens.numel() <= SHORT:
+            x = self.wide(x)
         rotary = self.rotary(positions, x.dtype)
         final = len(self.layers) - 1
         alone = final if last_only and mask is None and final not in taps else None   # the layer that only the last token goes through

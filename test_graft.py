@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 import run
 import train_eagle3  # in tools/, which run.py puts on the path
 from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, generate, generate_batch, run_rounds
-from model import MLP, CheckpointError, Eagle3, KVCache, Linear, Model, ModelConfig, MoE, RMSNorm, attention, half_scale, load_eagle3, load_model
+from model import (MLP, CheckpointError, Eagle3, KVCache, Linear, Model, ModelConfig, MoE, RMSNorm, attention, checkpoint_layout, half_scale, halves_work,
+                   load_eagle3, load_model, unstacked)
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, template
 from tree import ADJACENCY, DRAFT, NGRAM, TARGET, Tree
 
@@ -125,7 +126,7 @@ def test_logits_and_features_are_those_of_transformers(family, tmp_path):
             expected = reference(tokens, output_hidden_states=True)
         for pack in (False, True):
             model = load_model(tmp_path, dtype=dtype, pack=pack)
-            assert bool(model.lm_head.scale) == (HALVES and pack and dtype == torch.float32 and stored == torch.bfloat16)
+            assert bool(model.lm_head.scale) == (halves_work() and pack and dtype == torch.float32 and stored == torch.bfloat16)
             cache, parts = model.new_cache(50), []
             with torch.inference_mode():     # chunks of prefill, then one token: all must be the one-shot forward
                 for start, end in ((0, 20), (20, 49), (49, 50)):
@@ -135,9 +136,6 @@ def test_logits_and_features_are_those_of_transformers(family, tmp_path):
             assert expected.logits.std() > 0.5
             assert (logits - expected.logits).abs().max() < tolerance
             assert (features - torch.cat([expected.hidden_states[i] for i in (0, 2, 4)], dim=-1)).abs().max() < tolerance * 10
-
-
-HALVES = torch.backends.quantized.engine in ("fbgemm", "x86")
 
 
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(-15, 15), st.integers(0, 30), st.sampled_from((torch.bfloat16, torch.float16, torch.float32)),
@@ -152,10 +150,10 @@ def test_float32_on_half_the_bytes_is_float32(outputs, inputs, exponent, spread,
     scale = half_scale(weight)
     assert math.log2(scale).is_integer() if stored != torch.float32 else scale == 0 or outputs * inputs < 10
     linear.pack()
-    assert linear.scale == (scale if HALVES else 0)
+    assert linear.scale == (scale if halves_work() else 0)
     found, bound = linear(x), x.abs().double() @ weight.abs().double().T + 1e-30 + inputs * x.abs().max() * weight.abs().max()
     assert ((found - x.double() @ weight.double().T).abs() <= 2**-23 * bound).all()
-    if scale and HALVES:
+    if scale and halves_work():
         assert all(torch.equal(linear(x[i:i + 1]), found[i:i + 1]) for i in range(6))
 
 
@@ -175,6 +173,97 @@ def test_what_float16_cannot_hold_is_told():
     for weight in (torch.full((2, 2), 1e30), torch.full((2, 2), 1e-30), torch.tensor([[1.0, math.nan]]), torch.tensor([[1.0, 1 / 3]])):
         assert half_scale(weight) == 0
     assert half_scale(torch.zeros(2, 2)) == 1 and half_scale(torch.tensor([[69632.0, 1.0]])) == 0.25 and half_scale(torch.tensor([[1.0, 2.0**-20]])) == 1
+
+
+def mixed_target(folder: Path, **changes) -> Path:
+    """A tiny model as a checkpoint in bfloat16."""
+    source = tiny(context=128, hidden_size=64, intermediate_size=96, head_dim=16, **changes)
+    save_file(unstacked(source, checkpoint_layout(source), torch.bfloat16), folder / "model.safetensors")
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+             "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
+    config = {name: getattr(source.config, name) for name in names} | {"architectures": [source.config.architecture], "rope_theta": 10000.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+needs_halves = pytest.mark.skipif(not halves_work() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no mixed precision on this CPU")
+
+
+@needs_halves
+@pytest.mark.parametrize("tied", [False, True])
+def test_mixed_reads_prompts_in_bfloat16_and_decodes_in_float32(tied, tmp_path):
+    """Bit for bit what the two models in one dtype do, and behind one prompt the rest is float32's."""
+    folder = mixed_target(tmp_path, tie_word_embeddings=tied)
+    narrow, wide, mixed = (load_model(folder, dtype=dtype, mixed=mix) for dtype, mix in
+                           ((torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True)))
+    taps, text = (-1, 1, 4), torch.randint(0, VOCAB, (1, 45), generator=torch.Generator().manual_seed(0))
+    tree = Tree.rooted(3)
+    for i in range(6):
+        tree.add(i, i // 2, -1.0, DRAFT)
+    with torch.inference_mode():
+        caches = [model.new_cache(64) for model in (narrow, wide, mixed)]
+        assert [cache.rows.dtype for cache in caches] == [torch.bfloat16, torch.float32, torch.float32]
+        for start, end in ((0, 25), (25, 45)):
+            positions = torch.arange(start, end)[None]
+            (_, expected), (logits, features) = (model(text[:, start:end], positions, cache, taps=taps, last_only=True)
+                                                 for model, cache in ((narrow, caches[0]), (mixed, caches[2])))
+            assert features.dtype == torch.bfloat16 and torch.equal(features, expected)
+            assert logits.dtype == torch.float32 and logits.shape == (1, 1, VOCAB)
+            for cache in (caches[0], caches[2]):
+                cache.commit(list(range(end - start)))
+        assert torch.equal(caches[2].rows[..., :45, :], caches[0].rows[..., :45, :].float())
+        caches[1].rows.copy_(caches[2].rows)
+        caches[1].length = 45
+        for tokens, mask in ((tree.tokens, tree.mask()), ([7], None), (list(range(16)), None)):
+            positions = (tree.positions(45) if mask is not None else torch.arange(45, 45 + len(tokens)))[None]
+            expected, found = (model(torch.tensor([tokens]), positions, cache, mask, taps=taps) for model, cache in ((wide, caches[1]), (mixed, caches[2])))
+            assert all(torch.equal(*pair) and pair[0].dtype == torch.float32 for pair in zip(expected, found))
+
+
+@needs_halves
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_every_method_in_mixed_precision_is_plain_decoding(method, temperature, tmp_path):
+    """Behind prompts of a few tokens and of many, whole and in chunks, one of which is short; also where an eos cuts an accepted path."""
+    target = load_model(mixed_target(tmp_path), mixed=True)
+    (tmp_path / "head").mkdir()
+    save_head(tmp_path / "head", tiny_head(tiny(hidden_size=64, intermediate_size=96, head_dim=16)), max_position_embeddings=128)
+    head = load_eagle3(tmp_path / "head", target)
+    assert target.mixed and head.mixed and target.precision == "mixed"
+    for length, chunk in ((5, 512), (40, 512), (40, 18)):
+        config = GraftConfig(method=method, max_new_tokens=60, budget=20, depth=2, draft_top_k=4, temperature=temperature, prefill_chunk=chunk)
+        prompt = [i * 7 % VOCAB for i in range(length)]
+        plain, _ = collect(target, prompt, replace(config, method="ar"))
+        for eos in ((), (plain[40],)):
+            expected = plain[:plain.index(eos[0]) + 1] if eos else plain
+            assert collect(target, prompt, replace(config, eos_token_ids=eos), state=State(target, EagleDrafter(head)))[0] == expected
+
+
+def test_what_cannot_be_mixed_is_refused_and_large_models_are_not(tmp_path):
+    folder = mixed_target(tmp_path)
+    config = ModelConfig.read(folder)
+    for wrong in (dict(dtype=torch.float32), dict(pack=False)):
+        with pytest.raises(ValueError, match="mixed precision takes a dense model"):
+            load_model(folder, **dict(mixed=True) | wrong)
+    cpu, sparse = torch.device("cpu"), MOE.config
+    with pytest.raises(ValueError, match="--dtype is 'mixed'"):
+        run.choose_dtype("mixed", cpu, sparse)
+    for config in (config, sparse, replace(config, tie_word_embeddings=True), replace(sparse, head_dim=10)):
+        with torch.device("meta"):
+            assert config.parameters == sum(value.numel() for name, value in Model(config).named_parameters() if value.dim() > 1 and ".gate.weight" not in name
+                                            and not (config.tie_word_embeddings and name == "lm_head.weight"))
+    large = replace(config, hidden_size=1024, intermediate_size=4096, num_hidden_layers=40)
+    assert [run.choose_dtype("auto", cpu, each)[1] for each in (MODEL.config, sparse, large)] == [
+        halves_work() and torch.ops.mkldnn._is_mkldnn_bf16_supported(), False, False]
+    assert run.choose_dtype("float16", cpu, config) == (torch.float16, False)
+
+
+def test_a_start_imports_little(tmp_path):
+    """What torch needs for first values on the meta device, or for compiling, takes a second to import."""
+    code = (f"import sys, torch; before = 'sympy' in sys.modules; from model import load_model; load_model({str(mixed_target(tmp_path))!r}); "
+            "print(before, 'sympy' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() in (["False", "False"], ["True", "True"]), done.stderr
 
 
 def random_tree(draw, most=14) -> Tree:
@@ -795,17 +884,20 @@ def test_eos_inside_an_accepted_path_cuts_there():
 
 
 def test_a_conversation_prefills_only_what_is_new_and_says_the_same():
+    """Turns that do not draft leave the drafter behind; the next that does reads what it missed."""
     state = State(MODEL, EagleDrafter(HEAD))
-    config = GraftConfig(max_new_tokens=9, eos_token_ids=())
     prompt = [7, 8, 9]
-    for turn in range(3):
+    for turn, method in enumerate(("graft", "graft", "ar", "retrieve", "graft")):
+        config = GraftConfig(method=method, max_new_tokens=9, eos_token_ids=())
         got, stats = collect(MODEL, prompt, config, state=state)
         assert got == plain_greedy(MODEL, prompt, 9)[0]
         assert stats.prompt_tokens == len(prompt)
         assert len(state.ngrams.tokens) <= len(prompt) + len(got) + 9 * (turn + 1)      # what was known is not there again
         prompt = prompt + got + [turn, 3]
-        state.rewind(prompt)
+        state.rewind(prompt, method == "graft")
         assert state.cache.length >= len(prompt) - 4        # all but the last turn's end is cached
+    state.rewind([7, 1], False)
+    assert state.cache.length == 1 and state.drafter.cache.length == 0
     assert collect(MODEL, [7, 1], config, state=state)[0] == plain_greedy(MODEL, [7, 1], 9)[0]
 
 
