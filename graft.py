@@ -382,7 +382,7 @@ class State:
         shared = 0
         while shared < min(len(self.tokens), len(prompt) - 1) and self.tokens[shared] == prompt[shared]:
             shared += 1
-        drafted = self.drafter.rewind(shared) if self.drafter else shared
+        drafted = self.drafter.rewind(shared) if self.drafter else shared              # always: what it holds must be of this text
         known = drafted if drafts else shared
         self.cache.length, self.tokens = known, self.tokens[:known]
         return shared

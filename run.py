@@ -30,7 +30,7 @@ import torch  # noqa: E402
 sys.path += [str(Path(__file__).resolve().parent / folder) for folder in ("tools", "variants")]
 from demo_model import command_line, demo_model  # noqa: E402
 from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, Stats, run_rounds  # noqa: E402
-from model import CheckpointError, Model, ModelConfig, fetch_checkpoint, load_draft, load_model, mixes, read_json  # noqa: E402
+from model import CheckpointError, Model, fetch_checkpoint, load_draft, load_model, read_json  # noqa: E402
 from render_template import render_template  # noqa: E402
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, whole  # noqa: E402
 from tree import TARGET, Tree  # noqa: E402
@@ -59,7 +59,7 @@ VARIANTS = {                         # methods of the neighbours, each with its 
 }
 OWN_DRAFT = {name for name, module in VARIANTS.items() if module in ("universal", "dflash")}   # variants that load --draft themselves
 EVERY = [*METHODS, *ABLATIONS, *VARIANTS]
-NEAR_TIE = {"float32": 1e-3, "mixed": 1e-3, "bfloat16": 0.5, "float16": 0.1}   # gap of two float32 logits that rounding in this dtype can close
+NEAR_TIE = {"float32": 1e-3, "mixed": 0.5, "bfloat16": 0.5, "float16": 0.1}   # gap of two float32 logits that rounding in this dtype can close
 
 
 def say(*words, end="\n") -> None:
@@ -225,8 +225,10 @@ class Setup:
         """The configuration of a method or an ablation, with what was calibrated for this device."""
         method, changes = ABLATIONS.get(method, (method, {}))
         like = "eagle" if METHODS[method].draft and not METHODS[method].prune else "graft" if method.startswith("graft") else method
-        tuned, adjacency = self.tuned.get(like, {}), self.tuned.get("graft", {}).get("adjacency", True) or like == "retrieve"
-        return replace(self.base, **{"method": method, "adjacency": adjacency} | tuned | changes)
+        tuned = self.tuned.get(like, {})
+        if METHODS[method].draft and "graft" in self.tuned:          # ablations of graft use the matrix if it does
+            tuned = tuned | {"adjacency": self.tuned["graft"].get("adjacency", True)}
+        return replace(self.base, **{"method": method} | tuned | changes)
 
     @property
     def tie(self) -> float:
@@ -258,25 +260,22 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device, config: ModelConfig) -> tuple[torch.dtype, bool]:
-    """A dtype, and whether mixed. Unless named: bfloat16 wherever the hardware multiplies it, else float32; mixed on a CPU where a model is
-    small, since oneDNN's bfloat16 takes longer to read small matrices, and larger ones should not be kept twice."""
-    if name == "mixed" and not mixes(config, device):
-        raise ValueError("--dtype is 'mixed', which takes a dense model on an x86 CPU; try bfloat16 or float32")
+def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, bool]:
+    """A dtype, and whether mixed. Unless named: bfloat16 wherever the hardware multiplies it, else float32."""
     if name != "auto":
         return getattr(torch, "bfloat16" if name == "mixed" else name), name == "mixed"
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32, fast and mixes(config, device) and config.parameters < 2**29
+    return torch.bfloat16 if fast else torch.float32, False
 
 
 def set_up(args) -> Setup:
     device = choose_device(args.device)
+    dtype, mixed = choose_dtype(args.dtype, device)
     folder = fetch_checkpoint(args.model, args.revision) if args.model else demo_model(say)
     text = Text(folder)
-    dtype, mixed = choose_dtype(args.dtype, device, ModelConfig.read(folder))
     model = load_model(folder, dtype=dtype, device=device, mixed=mixed)
     model.graphs = False if args.no_graphs else None       # what drafts for it follows
     text.check(model)
@@ -749,7 +748,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--draft-window", type=int, metavar="N", help="let the head see the last N to 2 N tokens only (default: all)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", default="auto", choices=("auto", "mixed", "bfloat16", "float16", "float32", "float64"),
-        help="mixed, on a CPU: prompts in bfloat16, all else in float32")
+        help="mixed, on a CPU: prompts in bfloat16, all else in float32: exact and faster with a small model, but starts a second later")
     add("--no-graphs", action="store_true", help="on a GPU, launch every kernel instead of replaying CUDA graphs")
     add("--max-new-tokens", type=int, default=128 if command in ("bench", "verify") else 512)
     add("--budget", type=int, help=f"most nodes a tree holds below its root (default: as calibrated, else {CPU_BUDGET} on a CPU, {GPU_BUDGET} on a GPU)")

@@ -41,12 +41,12 @@ def prepare(setup, method: str):
     net = _load(fetch_checkpoint(setup.draft or str(DEMO_DRAFT)), setup.model)
     steps = net.block_size - 1                                 # positions of a block to guess; the first is expansion step 0
     if method == "dflash_graft":
-        config = replace(setup.configure("graft"), depth=steps - 1)
+        config = replace(setup.configure("graft_adjacency"), depth=steps - 1)
         if config.verify_cost:                                 # drafting on costs nothing: prices alone decide what is verified
             config = replace(config, checkpoints=(), thresholds=(), retained=())
     else:
         budget = min(steps, setup.base.budget)
-        config = replace(setup.configure("graft_tail" if method == "dflash_graft_tail" else "eagle"), draft_top_k=1, depth=steps - 1,
+        config = replace(setup.configure("graft_tail" if method == "dflash_graft_tail" else "eagle"), draft_top_k=1, depth=steps - 1, adjacency=True,
                          budget=budget, verify_cost=(), checkpoints=tuple(range(steps)), thresholds=(CONFIDENT,) * steps,
                          retained=tuple(min(1.0, step / budget) for step in range(steps)))
     return config, lambda: DFlashDrafter(net, setup.model)

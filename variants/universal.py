@@ -226,7 +226,7 @@ def prepare(setup, method: str):
     model.graphs = setup.model.graphs
     text.check(model)
     translator = Translator(ByteTokenizer(text.tokenizer, folder), ByteTokenizer(setup.text.tokenizer, "the target"), model.config.vocab_size)
-    return setup.configure("eagle" if method == "universal" else "graft"), lambda: UniversalDrafter(model, translator)
+    return setup.configure("eagle" if method == "universal" else "graft_adjacency"), lambda: UniversalDrafter(model, translator)
 
 
 # ------------------------------------------------------------------------------------------------- a draft model to try
