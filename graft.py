@@ -376,14 +376,13 @@ class State:
         self.adjacency = adjacency or AdjacencyMatrix(model.config.vocab_size)
         self.ngrams = ngrams or NGramIndex()
 
-    def rewind(self, prompt: list[int], drafts: bool) -> int:
+    def rewind(self, prompt: list[int]) -> int:
         """Keep the rows that `prompt` shares with what is cached, but never all of it: the last token must be read again. Returns how
-        many tokens the two texts share; the drafter may know fewer, and then, if it `drafts` for this prompt, so does the cache."""
+        many tokens the two texts share; the drafter may know fewer, and then so does the cache."""
         shared = 0
         while shared < min(len(self.tokens), len(prompt) - 1) and self.tokens[shared] == prompt[shared]:
             shared += 1
-        drafted = self.drafter.rewind(shared) if self.drafter else shared              # always: what it holds must be of this text
-        known = drafted if drafts else shared
+        known = self.drafter.rewind(shared) if self.drafter else shared
         self.cache.length, self.tokens = known, self.tokens[:known]
         return shared
 
@@ -487,7 +486,7 @@ def prefill(model: Model, sequence: Sequence) -> Round:
     prompt, state, drafter, sampler = sequence.prompt, sequence.state, sequence.drafter, sequence.sampler
     chunk = sequence.config.prefill_chunk
     with sequence.stats.clock("prefill"):
-        shared = state.rewind(prompt, drafter is not None)
+        shared = state.rewind(prompt)
         state.cache.reserve(len(prompt) + 1)
         state.ngrams.append([-1, *prompt[max(0, shared - state.ngrams.longest):]])     # what it holds already would vote twice
         sampler.read(prompt)

@@ -217,9 +217,11 @@ class Setup:
         config = self.configure(method)
         if METHODS[config.method].draft and not self.head:
             raise ValueError(f"method '{method}' needs a draft head; give --draft")
+        if not METHODS[config.method].draft:                     # a drafter that reads nothing would have a conversation read again
+            return Plan(config)
         if isinstance(self.head, Model):
             return Plan(config, lambda: ModelDrafter(self.head))
-        return Plan(config, lambda: EagleDrafter(self.head, self.window) if self.head else None)
+        return Plan(config, lambda: EagleDrafter(self.head, self.window))
 
     def configure(self, method: str) -> GraftConfig:
         """The configuration of a method or an ablation, with what was calibrated for this device."""
@@ -302,7 +304,7 @@ def set_up(args) -> Setup:
         if len(prices) > args.budget:
             fields["verify_cost"] = prices[:args.budget + 1]
         elif prices:                            # a larger budget than was priced: the paper's stages share it out
-            for name in ("checkpoints", "thresholds", "retained", "trust"):
+            for name in ("checkpoints", "thresholds", "retained", "trust", "adjacency"):
                 fields.pop(name, None)
     warm = DEMO_STORE if not args.model and not args.cold and DEMO_STORE.exists() else None
     return Setup(model, head, text, method, config, chat, args.system, corpus, tuned, folder, args.draft_window,

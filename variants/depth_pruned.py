@@ -49,7 +49,7 @@ DROPPED = {(30, 576): ((3, 4, 5, 6, 7, 13, 14, 22, 23, 25, 26), 1)}
 
 def prepare(setup, method: str):
     """The fields of run.py's Plan."""
-    config = setup.configure("graft_adjacency" if method.endswith("graft") else "eagle")      # a weaker draft leaves the matrix work
+    config = replace(setup.configure("graft" if method.endswith("graft") else "eagle"), adjacency=True)   # a weaker draft leaves the matrix work
     draft, target = setup.head, setup.model.config
     if not isinstance(draft, Model):
         if (target.num_hidden_layers, target.hidden_size) not in DROPPED:

@@ -41,7 +41,7 @@ def prepare(setup, method: str):
     net = _load(fetch_checkpoint(setup.draft or str(DEMO_DRAFT)), setup.model)
     steps = net.block_size - 1                                 # positions of a block to guess; the first is expansion step 0
     if method == "dflash_graft":
-        config = replace(setup.configure("graft_adjacency"), depth=steps - 1)
+        config = replace(setup.configure("graft"), depth=steps - 1, adjacency=True)
         if config.verify_cost:                                 # drafting on costs nothing: prices alone decide what is verified
             config = replace(config, checkpoints=(), thresholds=(), retained=())
     else:

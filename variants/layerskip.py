@@ -43,14 +43,14 @@ SHARPNESS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)   # tried by cali
 
 def prepare(setup, method: str):
     """The fields of run.py's Plan. E is LAYERSKIP_EXIT if that is set, else what was calibrated, else a quarter of the layers."""
-    layers, config = setup.model.config.num_hidden_layers, setup.configure("graft_adjacency" if method.endswith("graft") else "eagle")
+    layers, config = setup.model.config.num_hidden_layers, setup.configure("graft" if method.endswith("graft") else "eagle")
     early, guesses, sharpness = CALIBRATED.get((layers, setup.model.config.hidden_size), (max(1, layers // 4), config.depth + 1, 1.0))
     if given := os.environ.get("LAYERSKIP_EXIT"):
         parts = re.fullmatch(r"(\d+)(?:,([1-9]\d*),(\d+\.?\d*))?", given)
         if not parts or not 1 <= int(parts[1]) < layers:
             raise ValueError(f"LAYERSKIP_EXIT is {given!r}; expected a number of layers from 1 to {layers - 1}, or E,GUESSES,SHARPNESS")
         early, guesses, sharpness = int(parts[1]), int(parts[2] or config.depth + 1), float(parts[3] or 1.0)
-    config = replace(config, depth=guesses - 1, trust=GraftConfig.trust)           # calibrated beside a draft head, which knows far better
+    config = replace(config, depth=guesses - 1, trust=GraftConfig.trust, adjacency=True)   # calibrated beside a draft head, which knows far better
     return config, lambda: SkipDrafter(setup.model, early, sharpness), verify
 
 

@@ -20,6 +20,7 @@ import re
 import sys
 from bisect import bisect_left
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -226,7 +227,8 @@ def prepare(setup, method: str):
     model.graphs = setup.model.graphs
     text.check(model)
     translator = Translator(ByteTokenizer(text.tokenizer, folder), ByteTokenizer(setup.text.tokenizer, "the target"), model.config.vocab_size)
-    return setup.configure("eagle" if method == "universal" else "graft_adjacency"), lambda: UniversalDrafter(model, translator)
+    config = replace(setup.configure("eagle" if method == "universal" else "graft"), adjacency=True)   # a weaker draft leaves the matrix work
+    return config, lambda: UniversalDrafter(model, translator)
 
 
 # ------------------------------------------------------------------------------------------------- a draft model to try
