@@ -761,7 +761,8 @@ class Model(_Decoder):
         all earlier ones are attended to; None = causal; a list of such masks with a PackedCache.
         taps: layers whose outputs to return (-1 = the embeddings), for a draft head. last_only: logits of the last token alone; where
         attention is causal, the last layer then computes only keys and values for the others.
-        Returns logits [b, n or 1, V] and features [b, n, len(taps) * H], or None without taps.
+        Returns logits [b, n or 1, V] and features [b, n, len(taps) * H], or None without taps; where precision is mixed, features of a prompt
+        in bfloat16, all else in float32.
         """
         if self.graphed(tokens, cache, mask):
             logits, features = self.replay((tokens, positions), cache, mask, taps=taps)

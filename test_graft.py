@@ -148,7 +148,10 @@ def test_float32_on_half_the_bytes_is_float32(outputs, inputs, exponent, spread,
     linear, x = Linear(inputs, outputs), torch.randn(6, inputs, generator=generator)
     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
     scale = half_scale(weight)
-    assert math.log2(scale).is_integer() if stored != torch.float32 else scale == 0 or outputs * inputs < 10
+    if stored == torch.float32:
+        assert scale == 0 or outputs * inputs < 10
+    elif weight.abs().max() > 2**-20:
+        assert math.log2(scale).is_integer()
     linear.pack()
     assert linear.scale == (scale if halves_work() else 0)
     found, bound = linear(x), x.abs().double() @ weight.abs().double().T + 1e-30 + inputs * x.abs().max() * weight.abs().max()
