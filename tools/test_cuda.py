@@ -141,13 +141,14 @@ def test_experts_run_as_one_product_each_way(monkeypatch):
             patch.setattr(MoE, "grouped", lambda self: False)
             loop = moe(x)
         assert (grouped - exact).abs().mean() <= 1.5 * (loop - exact).abs().mean() + 1e-4
+    close = []
     with torch.inference_mode():
         for n in (1, 3, CAUSAL):
             positions = torch.arange(n, device=DEVICE)[None]
             tokens = positions % base.VOCAB
-            ours, eager = (network(tokens, positions, network.new_cache(64))[0].float() for network in (graphed, plain))
-            close = (ours - eager).abs().amax(-1) < 0.1 * eager.abs().max()
-            assert close.float().mean() > 0.8                      # a near tie in a router sends a token to other experts
+            ours, eager = (network(tokens, positions, network.new_cache(64))[0][0].float() for network in (graphed, plain))
+            close += ((ours - eager).abs().amax(-1) < 0.1 * eager.abs().max()).tolist()
+    assert sum(close) > 0.8 * len(close)                           # a near tie in a router sends a token to other experts
     assert graphed.captured == 3
 
 
