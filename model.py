@@ -448,7 +448,7 @@ def halves_work() -> bool:
 
 def mixes(config: ModelConfig, device: str | torch.device) -> bool:
     """Whether `load_model` takes mixed=True."""
-    return torch.device(device).type == "cpu" and halves_work() and not config.moe_layers
+    return torch.device(device).type == "cpu" and halves_work() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and not config.moe_layers
 
 
 def half_scale(weight: Tensor) -> float:
@@ -968,7 +968,7 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, devic
         torch.backends.cuda.enable_cudnn_sdp(False)      # it plans a kernel for every new length of the text: some 25 ms each, on an H200
     config = ModelConfig.read(folder)
     if mixed and not (pack and dtype == torch.bfloat16 and mixes(config, device)):
-        raise ValueError(f"{folder}: mixed precision takes a dense model on an x86 CPU, packed, from bfloat16; try bfloat16 or float32 alone")
+        raise ValueError(f"{folder}: mixed precision takes a dense model, packed, on an x86 CPU that multiplies bfloat16; try bfloat16 or float32")
     tensors, experts = _Tensors(folder), len(config.moe_layers) * config.num_experts
     if config.num_hidden_layers + experts > len(tensors.shapes):     # found out before memory is spent on them
         raise CheckpointError(f"{folder / 'config.json'}: field 'num_hidden_layers' is {config.num_hidden_layers}, with {experts} experts in all; "

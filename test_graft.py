@@ -27,7 +27,7 @@ import run
 import train_eagle3  # in tools/, which run.py puts on the path
 from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, generate, generate_batch, run_rounds
 from model import (MLP, CheckpointError, Eagle3, KVCache, Linear, Model, ModelConfig, MoE, RMSNorm, attention, checkpoint_layout, half_scale, halves_work,
-                   load_eagle3, load_model, unstacked)
+                   load_eagle3, load_model, mixes, unstacked)
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, template
 from tree import ADJACENCY, DRAFT, NGRAM, TARGET, Tree
 
@@ -189,7 +189,7 @@ def mixed_target(folder: Path, **changes) -> Path:
     return folder
 
 
-needs_halves = pytest.mark.skipif(not halves_work() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no mixed precision on this CPU")
+needs_halves = pytest.mark.skipif(not mixes(MODEL.config, "cpu"), reason="no mixed precision on this CPU")
 
 
 @needs_halves

@@ -1,6 +1,6 @@
 """Graft beside other implementations of decoding, on the same prompts, weights, dtype and threads, prompt by prompt in one run.
 
-    pip install transformers && python tools/bench_peers.py --prompts FILE.jsonl --json results/peers_cpu_bfloat16.json
+    pip install transformers && python tools/bench_peers.py --prompts FILE.jsonl --dtype mixed --json results/peers_cpu.json
     pip install llama-cpp-python, then add --gguf FILE for llama.cpp on a bfloat16 GGUF of the same weights
 
 Peers: transformers' greedy `generate`, its prompt lookup (10 tokens), its assisted generation by early exit (the first third of
