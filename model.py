@@ -718,9 +718,13 @@ class _Decoder(nn.Module):
         outputs = cache.graphs[key](inputs, cache.length, mask)
         return [None if out is None else out[:, :n].clone() for out in outputs]
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of caches, and so of decoding and verification."""
+        return torch.float32 if self.mixed else self.norm.weight.dtype
+
     def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        dtype = torch.float32 if self.mixed else self.norm.weight.dtype
-        cache = KVCache(self.config, capacity, dtype, self.norm.weight.device, batch)
+        cache = KVCache(self.config, capacity, self.cache_dtype, self.norm.weight.device, batch)
         if batch == 1 and (self.norm.weight.is_cuda if self.graphs is None else self.graphs):
             cache.spare = self.spare
         return cache

@@ -535,9 +535,9 @@ def test_training_learns_continues_and_blends(tmp_path, monkeypatch, capsys):
         return json.loads((tmp_path / out / "training.json").read_text())["held_out"], load_file(tmp_path / out / "model.safetensors")
 
     train("head", 6000, "--draft-vocab", "24")
-    history, head = train("head", 12000, "--draft-vocab", "24")
+    history, head = train("head", 18000, "--draft-vocab", "24")
     assert "continuing after" in capsys.readouterr().out and len(head["lm_head.weight"]) == 24
-    assert history[-1]["tokens"] >= 12000 and history[-1]["loss"] < 0.9 * history[0]["loss"] and history[-1]["top1"][0] > 0.4
+    assert history[-1]["tokens"] >= 18000 and history[-1]["loss"] < 0.9 * history[0]["loss"] and history[-1]["top1"][0] > 0.5
     assert load_eagle3(tmp_path / "head", target).taps == train_eagle3.default_taps(6)
     history, blended = train("blended", 3000, "--name", "more", "--start", str(tmp_path / "head"), "--blend", "0.25")
     trained = torch.load(tmp_path / "more.pt", weights_only=True)["head"]

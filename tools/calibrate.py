@@ -83,7 +83,7 @@ def measure(setup: run.Setup, length: int, repeats: int) -> tuple[list[float], f
     calls = {n: (lambda n=n: forward(n)) for n in grid}
     if state.drafter:
         drafter = state.drafter
-        features = torch.randn(1, 3, 3 * model.config.hidden_size, device=model.device).to(state.cache.rows.dtype)
+        features = torch.randn(1, 3, 3 * model.config.hidden_size, device=model.device).to(model.cache_dtype)
         tokens, sampler = torch.tensor([[5, 6, 7, 8]], device=model.device), Sampler(GraftConfig(), model.config.vocab_size, model.device)
         drafter.observe(features.repeat(1, length // 3, 1), tokens[:, :1].repeat(1, length // 3 * 3 + 1))
 

@@ -35,7 +35,7 @@ from retrieval import AdjacencyMatrix, NGramIndex  # noqa: E402
 def products(model, rows: int, repeats: int) -> float:
     """Milliseconds of the target's matrix products alone, one after the other as in a forward, for so many rows."""
     linears = [module for module in model.modules() if isinstance(module, Linear)]
-    inputs = [torch.randn(rows, linear.inputs, device=model.device).to(torch.float32 if model.mixed else model.dtype) for linear in linears]
+    inputs = [torch.randn(rows, linear.inputs, device=model.device).to(model.cache_dtype) for linear in linears]
     return median_ms({"all": lambda: [linear(x) for linear, x in zip(linears, inputs)]}, repeats)["all"]
 
 

@@ -129,7 +129,7 @@ def test_a_batch_is_each_prompt_alone(method):
 
 def test_experts_run_as_one_product_each_way(monkeypatch):
     """In bfloat16: grouped against the loop, over few rows and a prompt; then a mixture's forwards in graphs against eager ones."""
-    model = base.tiny(2, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, moe_layers=(1, 3), context=256)
+    model = base.tiny(4, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, moe_layers=(1, 3), context=256)
     plain, graphed = there(model, False, torch.bfloat16), there(model, True, torch.bfloat16)
     moe = plain.layers[1].mlp
     for n in (1, 3, 300):
@@ -141,14 +141,12 @@ def test_experts_run_as_one_product_each_way(monkeypatch):
             patch.setattr(MoE, "grouped", lambda self: False)
             loop = moe(x)
         assert (grouped - exact).abs().mean() <= 1.5 * (loop - exact).abs().mean() + 1e-4
-    close = []
     with torch.inference_mode():
         for n in (1, 3, CAUSAL):
             positions = torch.arange(n, device=DEVICE)[None]
             tokens = positions % base.VOCAB
-            ours, eager = (network(tokens, positions, network.new_cache(64))[0][0].float() for network in (graphed, plain))
-            close += ((ours - eager).abs().amax(-1) < 0.1 * eager.abs().max()).tolist()
-    assert sum(close) > 0.8 * len(close)                           # a near tie in a router sends a token to other experts
+            ours, eager = (network(tokens, positions, network.new_cache(64))[0].float() for network in (graphed, plain))
+            assert (ours - eager).abs().max() < 0.1 * eager.abs().max()
     assert graphed.captured == 3
 
 

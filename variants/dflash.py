@@ -87,7 +87,7 @@ class DFlashDrafter:
 
     def __init__(self, net: DFlash, target: Model):
         self.net, self.target, self.taps = net, target, net.taps
-        self.cache = KVCache(net.config, 0, torch.float32 if target.mixed else target.dtype, target.device)
+        self.cache = KVCache(net.config, 0, target.cache_dtype, target.device)
         self.ids = torch.arange(target.config.vocab_size, device=target.device)
 
     def rewind(self, length: int) -> int:
