@@ -13,11 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from model import Eagle3, KVCache, Model, PackedCache
+from model import Captured, Eagle3, KVCache, Model, PackedCache, StaticCache, fused, roomy
 from retrieval import AdjacencyMatrix, NGramIndex
 from tree import ADJACENCY, NGRAM, TARGET, Branch, Tree
 
@@ -43,6 +45,7 @@ METHODS = {
     "graft_unpruned": Method(draft=True, retrieve=True),                            # ablation: no pruning, grafts anywhere
     "graft_tail": Method(draft=True, prune=True, retrieve=True, anchors="leaves"),  # ablation: grafts only extend the draft
 }
+CHUNK = 128        # of a row of logits, where a GPU looks for its likeliest
 UNPRUNED = 2 / 3   # the budget's share that the draft keeps where nothing is pruned; the rest is for retrieval (the paper's 40 of 60)
 
 
@@ -154,6 +157,11 @@ class Sampler:
         self.config, self.stream, self.position = config, mix(torch.tensor(config.seed)), 0   # position of the token to be picked next
         self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)           # which tokens the text holds
         self.rows: dict[int, Tensor] = {}                                              # the noise of whole positions
+
+    @property
+    def plain(self) -> bool:
+        """Whether the pick is that of the logits, nothing added."""
+        return not self.config.temperature and self.config.repetition_penalty == 1
 
     def read(self, tokens: list[int]) -> None:
         """The text has grown by these tokens."""
@@ -267,14 +275,65 @@ def truncate(logits: Tensor, config: GraftConfig) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------ drafter
 
+@dataclass
+class Beam:
+    """What an expansion step leaves on the device: a frontier of f nodes, the k children of each, and which of those go on."""
+
+    values: Tensor                 # [f, k] the children's log-probabilities below their parents
+    ids: Tensor                    # [f, k] their tokens
+    kept: Tensor                   # [n] the next frontier: the likeliest children, counted row by row
+    scores: Tensor                 # [n] float64, S of those
+    hidden: Tensor                 # [1, f, H] of the frontier
+    seen: Tensor                   # bool [f, r]: which of the rows drafted so far each of the frontier attends to: its ancestors and itself
+    packed: Tensor | None = None   # the first three as one
+
+    @classmethod
+    def choose(cls, logprobs: Tensor, ids: Tensor, top_k: int, scores: Tensor, hidden: Tensor, seen: Tensor) -> "Beam":
+        """From the frontier's log-probabilities [f, v] for tokens `ids` [v] or [f, v], and its S [f]."""
+        values, best = logprobs.topk(min(top_k, logprobs.shape[-1]), dim=-1)
+        sums = (scores[:, None] + values).flatten()
+        scores, kept = sums.topk(min(top_k, len(sums)))
+        return cls(values, ids.expand_as(logprobs).gather(1, best), kept, scores, hidden, seen)
+
+    @classmethod
+    def greedy(cls, logits: Tensor, ids: Tensor, top_k: int, *rest) -> "Beam":
+        """`choose` by the log-softmax of logits [f, v], for a GPU: its top-k of long rows is slow, of many short ones it is not."""
+        f, v = logits.shape
+        best = torch.arange(v, device=ids.device).expand(f, v)
+        if v % CHUNK == 0 and v > CHUNK >= top_k:
+            some = logits.view(f, -1, CHUNK).topk(top_k, dim=-1, sorted=False).indices                  # [f, chunks, k]
+            best = (some + torch.arange(0, v, CHUNK, device=ids.device)[:, None]).flatten(1)
+        beam = cls.choose(logits.float().log_softmax(-1).gather(1, best), ids[best], top_k, *rest)
+        beam.packed = torch.cat((beam.values.flatten().double(), beam.ids.flatten().double(), beam.kept.double()))
+        return beam
+
+    def frontier(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The next frontier's tokens [1, n], its parents' hidden [1, n, H], which its children share, and what it sees [n, r + n]."""
+        parents = self.kept // self.ids.shape[1]
+        own = torch.eye(len(self.kept), dtype=torch.bool, device=self.kept.device)
+        return self.ids.flatten()[self.kept][None], self.hidden[:, parents], torch.cat((self.seen[parents], own), dim=1)
+
+    def read(self) -> tuple[list[list[float]], list[list[int]], list[int]]:
+        """Values, ids and kept on the host."""
+        if self.packed is None:
+            return self.values.tolist(), self.ids.tolist(), self.kept.tolist()
+        (f, k), numbers = self.ids.shape, self.packed.tolist()
+        rows = [numbers[i:i + k] for i in range(0, 2 * f * k, k)]
+        return rows[:f], [list(map(int, row)) for row in rows[f:]], list(map(int, numbers[2 * f * k:]))
+
+
 class Drafter:
     """Grows a tree by beam search over a draft network's guesses. A subclass says how it reads committed text (`taps`, `rewind`,
-    `observe`) and what one step runs (`step`); `variants/` has others. What stands in its place needs those three and `expand`."""
+    `observe`) and what one step runs (`run`); `variants/` has others. What stands in its place needs the first three and `expand`."""
 
     taps: tuple[int, ...] = ()            # the target's layers whose outputs `observe` is given
+    network: Eagle3 | Model | None = None # what `run` runs
     cache: KVCache
     dropped = 0                           # rows forgotten at the front of the text
     ids: Tensor                           # [draft V]: the network's vocabulary as ids of the target's
+
+    def step(self, tokens: Tensor, hidden: Tensor, positions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.run(self.network, tokens, hidden, positions, self.cache, mask)
 
     def read(self, tokens: Tensor, hidden: Tensor) -> None:
         """Run committed tokens [1, m] and keep their rows; what follows the last of them is where a tree starts."""
@@ -288,29 +347,81 @@ class Drafter:
     def expand(self, root: int, depth: int, top_k: int, sampler: Sampler) -> Iterator[Tree]:
         """Yield the tree after expansion step 0 (the root's children), 1, ... `depth`; whoever stops asking stops drafting."""
         self.tree, self.ran, start = Tree.rooted(root), [], self.cache.length      # ran: the nodes in the order of their cache rows
-        logits, hidden, device, frontier = self.logits, self.hidden, self.logits.device, [0]
         self.cache.reserve(start + depth * top_k)
-        # A frontier node attends to all committed rows, and to those drafted rows that are its ancestors or itself.
-        seen = torch.zeros(1, 0, dtype=torch.bool, device=device)                  # [frontier, draft rows so far]
-        scores = torch.zeros(1, dtype=torch.float64, device=device)
+        frontier, beam, chain = [0], None, self.chain(depth, top_k) if sampler.plain else None
         try:
             for step in range(depth + 1):
-                values, ids = sampler.lean(logits, step, self.ids).topk(min(top_k, logits.shape[-1]), dim=-1)     # [frontier, k]
-                ids, sums = self.ids[ids], (scores[:, None] + values).flatten()
-                scores, kept = sums.topk(min(top_k, len(sums)))                    # which children, counted row by row, go on
-                grown = self.tree.expand(frontier, ids.tolist(), values.tolist())
-                frontier = [grown[child] for child in kept.tolist()]
+                beam = chain.grow(step) if chain else self.grow(beam, step, top_k, sampler)
+                self.ran += frontier if step else []
+                values, ids, kept = beam.read()
+                grown = self.tree.expand(frontier, ids, values)
+                frontier = [grown[child] for child in kept]
                 yield self.tree
-                if step < depth:
-                    n, above = len(kept), kept // ids.shape[1]
-                    seen = torch.cat((seen[above], torch.eye(n, dtype=torch.bool, device=device)), dim=1)
-                    positions = torch.full((1, n), self.dropped + start + step, device=device)
-                    logits, hidden = self.step(ids.flatten()[kept][None], hidden[:, above], positions, seen)   # children share their parent's feature
-                    logits = logits[0]
-                    self.cache.commit(list(range(n)))
-                    self.ran += frontier
         finally:
             self.cache.length = start                                              # guesses are not kept
+
+    def grow(self, above: Beam | None, step: int, top_k: int, sampler: Sampler) -> Beam:
+        """An expansion step below the one above, or from what was read last."""
+        logits, hidden, device = self.logits, self.hidden, self.ids.device
+        scores, seen = torch.zeros(1, dtype=torch.float64, device=device), torch.zeros(1, 0, dtype=torch.bool, device=device)
+        if above:
+            tokens, hidden, seen = above.frontier()
+            (n, rows), scores = seen.shape, above.scores
+            positions = torch.full((1, n), self.dropped + self.cache.length - (rows - n) + step - 1, device=device)
+            logits, hidden = self.step(tokens, hidden, positions, seen)
+            logits = logits[0]
+            self.cache.commit(list(range(n)))
+        return Beam.choose(sampler.lean(logits, step, self.ids), self.ids, top_k, scores, hidden, seen)
+
+    def chain(self, depth: int, top_k: int) -> "Chain | None":
+        """The graphs of expansion steps, where there can be any."""
+        cache, network = self.cache, self.network
+        if network is None or not network.replays(cache) or top_k > len(self.ids):
+            return None
+        m = min(cache.capacity, roomy(cache.length + depth * top_k, KVCache.STEP))
+        key = (id(network), "chain", top_k, m)
+        if key not in cache.graphs:
+            cache.graphs[key] = Chain(self, top_k, m)
+        cache.graphs[key].begin(self)
+        return cache.graphs[key]
+
+
+class Chain:
+    """Greedy expansion steps over fixed buffers, on CUDA a graph each: a step finds what it needs where the one above left it, so that the
+    host launches it and reads one tensor."""
+
+    def __init__(self, drafter: Drafter, top_k: int, m: int):
+        self.network, self.run, self.ids, self.top_k = drafter.network, drafter.run, drafter.ids, top_k    # not the drafter: its cache holds this
+        self.logits, self.hidden = drafter.logits.clone(), drafter.hidden.clone()
+        self.root = torch.zeros(2, dtype=torch.int64, device=self.ids.device)      # the row behind it, and its position
+        self.static = StaticCache(drafter.cache, top_k, m, compiled=self.network.compiled)
+        self.steps: list[Captured] = []
+        self.beams: list[Beam] = []
+
+    def begin(self, drafter: Drafter) -> None:
+        self.logits.copy_(drafter.logits)
+        self.hidden.copy_(drafter.hidden)
+        self.root[0], self.root[1] = drafter.cache.length, drafter.cache.length + drafter.dropped
+
+    def grow(self, step: int) -> Beam:
+        if step == len(self.steps):
+            self.steps.append(Captured(self.network, partial(self.compute, step)))
+            self.beams.append(None)
+        self.beams[step] = self.steps[step]()
+        return self.beams[step]
+
+    def compute(self, step: int) -> Beam:
+        logits, hidden, device = self.logits, self.hidden, self.ids.device
+        scores, seen = torch.zeros(1, dtype=torch.float64, device=device), torch.zeros(1, 0, dtype=torch.bool, device=device)
+        if step:
+            above, static = self.beams[step - 1], self.static
+            tokens, hidden, seen = fused(Beam.frontier, static)(above)
+            (n, rows), scores = seen.shape, above.scores
+            static.start, static.length = self.root[0], self.root[0] + (rows - n)
+            forward = partial(type(self.network).forward, self.network)            # not the instance's: tools put clocks around it
+            logits, hidden = self.run(forward, tokens, hidden, (self.root[1:] + (step - 1)).expand(1, n), static, F.pad(seen, (0, 1)))
+            logits = logits[0]
+        return fused(Beam.greedy, self.static)(logits, self.ids, self.top_k, scores, hidden, seen)
 
 
 class EagleDrafter(Drafter):
@@ -318,7 +429,7 @@ class EagleDrafter(Drafter):
     and at most twice as many, which bounds its cache and its cost where the text is long."""
 
     def __init__(self, head: Eagle3, window: int | None = None):
-        self.head, self.taps, self.cache, self.window = head, head.taps, head.new_cache(0), window
+        self.network, self.taps, self.cache, self.window = head, head.taps, head.new_cache(0), window
         self.ids = head.to_target(torch.arange(head.config.draft_vocab_size, device=head.d2t.device))
 
     def rewind(self, length: int) -> int:
@@ -331,20 +442,21 @@ class EagleDrafter(Drafter):
 
     def observe(self, features: Tensor, tokens: Tensor) -> None:
         """Read m newly committed positions: tokens [1, m + 1], those and the next root; features [1, m, 3H] of the target."""
-        self.read(tokens[:, 1:], self.head.fc(features))
+        self.read(tokens[:, 1:], self.network.fc(features))
         if self.window and self.cache.length > 2 * self.window:
             self.dropped += self.cache.length - self.window
             self.cache.drop(self.cache.length - self.window)
 
-    def step(self, tokens: Tensor, hidden: Tensor, positions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.head(tokens, hidden, positions, self.cache, mask, last_only=mask is None)
+    @staticmethod
+    def run(head: Eagle3, tokens: Tensor, hidden: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return head(tokens, hidden, positions, cache, mask, last_only=mask is None)
 
 
 class ModelDrafter(Drafter):
     """Drafts with a whole smaller model of the target's vocabulary. Row i of its cache holds token i, the root included."""
 
     def __init__(self, model: Model):
-        self.model, self.cache = model, model.new_cache(0)
+        self.network, self.cache = model, model.new_cache(0)
         self.ids = torch.arange(model.config.vocab_size, device=model.device)
 
     def rewind(self, length: int) -> int:
@@ -355,9 +467,10 @@ class ModelDrafter(Drafter):
         unread = tokens[:, min(1, self.cache.length):]                             # the first was the root last time
         self.read(unread, torch.empty(*unread.shape, 0, device=unread.device))
 
-    def step(self, tokens: Tensor, hidden: Tensor, positions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def run(model: Model, tokens: Tensor, hidden: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """A model needs no feature from the step above, so `hidden` [1, n, 0] goes through empty."""
-        return self.model(tokens, positions, self.cache, mask, last_only=mask is None)[0], hidden
+        return model(tokens, positions, cache, mask, last_only=mask is None)[0], hidden
 
 
 # --------------------------------------------------------------------------------------------------------- generation

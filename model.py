@@ -9,8 +9,10 @@ k key/value heads, g = h / k, d head size, I MLP size, E experts, L layers.
 
 import json
 import math
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -248,7 +250,8 @@ class KVCache:
     spare: list[tuple[Tensor, dict]] | None = None   # with graphs: storage that former caches of the network left, and what is bound to it
 
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device, batch: int = 1):
-        self._hold(torch.zeros(config.num_hidden_layers, batch, 2 * config.num_key_value_heads, capacity, config.head_dim, dtype=dtype, device=device))
+        with torch.inference_mode(False):                                              # to be written to in any mode
+            self._hold(torch.zeros(config.num_hidden_layers, batch, 2 * config.num_key_value_heads, capacity, config.head_dim, dtype=dtype, device=device))
         self.length = 0
 
     def _hold(self, rows: Tensor, graphs: dict | None = None) -> None:
@@ -348,7 +351,7 @@ class PackedCache:
 # ------------------------------------------------------------------------------------------------------------- graphs
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)   # tokens of a forward over fixed buffers; fewer are padded
-CAUSAL = 32                                               # most tokens of such a forward without a mask; more are a prompt
+CAUSAL = BUCKETS[-1]                                      # most tokens of such a forward without a mask; more are a prompt
 
 
 def roomy(rows: int, least: int) -> int:
@@ -357,45 +360,100 @@ def roomy(rows: int, least: int) -> int:
 
 
 class StaticCache:
-    """The first m rows of a KVCache, for forwards of n tokens whose place is in tensors, so that a CUDA graph can find it there."""
+    """The first m rows of a KVCache, for forwards of n tokens whose place is in tensors, so that a CUDA graph can find it there: they are
+    written from `length` on. A forward's mask is bool [n, w + 1], for the w columns from `start` on; its last column is False."""
 
-    def __init__(self, cache: KVCache, n: int, m: int, w: int):
+    def __init__(self, cache: KVCache, n: int, m: int, w: int = 0, compiled: bool = False):
+        self.compiled = compiled                                                   # whether what reads it is compiled first
         self.layers, device = [layer.narrow(2, 0, m) for layer in cache.layers], cache.rows.device
         self.length, self.start = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
-        self.seen = torch.ones(n, w + 1, dtype=torch.bool, device=device) if w else None   # what a token sees from column `start` on
+        self.seen = torch.ones(n, w + 1, dtype=torch.bool, device=device) if w else None   # a buffer for such a mask
         self.rows, self.columns = torch.arange(n, device=device), torch.arange(m, device=device)
 
-    def mask(self, dtype: torch.dtype) -> Tensor:
+    def mask(self, seen: Tensor | None, dtype: torch.dtype) -> Tensor:
         """[n, m]: 0 where a token attends, -inf elsewhere; on a GPU no narrower than float32, as scores are there. Every row attends to
         something, the padded ones too."""
         self.index = self.length + self.rows                                       # the rows that are written
-        if self.seen is None:
+        if seen is None:
             allowed = self.columns <= self.index[:, None]
         else:
-            allowed = self.seen.index_select(1, (self.columns - self.start).clamp(0, self.seen.shape[1] - 1)) | (self.columns < self.start)
+            allowed = seen.index_select(1, (self.columns - self.start).clamp(0, seen.shape[1] - 1)) | (self.columns < self.start)
         dtype = torch.promote_types(dtype, torch.float32) if allowed.is_cuda else dtype
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
 
     def attend(self, layer: int, queries: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
-        keys, values = (x[0] for x in self.layers[layer].index_copy_(2, self.index, rows).chunk(2, dim=1))
-        if not queries.is_cuda:
-            return F.scaled_dot_product_attention(queries, keys[None], values[None], attn_mask=mask)
-        # Few heads read many columns: plain products spread them over the whole GPU, the fused kernels do not.
-        product = torch.baddbmm if mask.dtype == queries.dtype else partial(torch.baddbmm, out_dtype=mask.dtype)
-        scores = product(mask[0], queries[0], keys.transpose(1, 2), alpha=queries.shape[-1]**-0.5)           # [k, g*n, m]
-        return torch.bmm(scores.softmax(-1).to(values.dtype), values)[None]
+        return attend_static(self.layers[layer], self.index, queries, rows, mask)
 
 
-class Graph:
-    """A network's forward over fixed buffers, for n tokens or fewer: on CUDA it is captured once, then replayed in one launch.
+def attend_static(kept: Tensor, index: Tensor, queries: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
+    """`KVCache.attend` on one layer's cache [1, 2k, m, d], the rows [1, 2k, n, d] going to index [n]."""
+    keys, values = (x[0] for x in kept.index_copy_(2, index, rows).chunk(2, dim=1))
+    if not queries.is_cuda:
+        return F.scaled_dot_product_attention(queries, keys[None], values[None], attn_mask=mask)
+    # Few heads read many columns: plain products spread them over the whole GPU, the fused kernels do not.
+    wide, scale = {} if mask.dtype == queries.dtype else {"out_dtype": mask.dtype}, queries.shape[-1]**-0.5
+    if torch.compiler.is_compiling():
+        scores = torch.bmm(queries[0], keys.transpose(1, 2), **wide) * scale + mask[0]                      # [k, g*n, m]
+    else:
+        scores = torch.baddbmm(mask[0], queries[0], keys.transpose(1, 2), alpha=scale, **wide)
+    return torch.bmm(scores.softmax(-1).to(values.dtype), values)[None]
+
+
+def fused(function: Callable, cache) -> Callable:
+    """The function, compiled by torch where a graph is to run it so: small operations in a row become one kernel. For any number of tokens
+    and columns, so that it is done twice: for one token, and for more."""
+    return _compile(function) if isinstance(cache, StaticCache) and cache.compiled else function
+
+
+@lru_cache(None)
+def _compile(function: Callable) -> Callable:
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._inductor")    # advice to its developers
+    return torch.compile(function, dynamic=True, options={"split_reductions": False})      # rows are few and short
+
+
+class Captured:
+    """A function of fixed buffers: on CUDA it is captured once, then replayed in one launch."""
+
+    def __init__(self, network: "_Decoder", function: Callable):
+        self.network, self.function, self.graph = network, function, None
+        network.captured += 1
+
+    def __call__(self):
+        """What the function returns, in tensors that the next call overwrites."""
+        if not self.network.inverse.is_cuda:
+            return self.function()
+        if self.graph is None:
+            self.capture()
+        self.graph.replay()
+        return self.outputs
+
+    def capture(self) -> None:
+        """Once eagerly on the stream of the capture, which compiles, sets up kernels and workspaces, then recorded. All graphs of a network
+        share their memory: they run one after the other."""
+        network, device = self.network, self.network.inverse.device
+        with torch.cuda.device(device):
+            if network.graph_pool is None:
+                network.graph_pool, network.graph_stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            network.graph_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(network.graph_stream):
+                self.function()
+            torch.cuda.current_stream().wait_stream(network.graph_stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=network.graph_pool, stream=network.graph_stream, capture_error_mode="thread_local"):
+                self.outputs = self.function()
+        self.graph = graph
+
+
+class Graph(Captured):
+    """A network's forward over fixed buffers, for n tokens or fewer.
 
     A padded row computes from what was last in its buffers; it is written behind the real ones, where nobody looks."""
 
     def __init__(self, network: "_Decoder", inputs: tuple[Tensor, ...], cache: StaticCache, options: dict):
-        self.network, self.cache, self.graph = network, cache, None
+        self.cache = cache
         self.inputs = [torch.zeros(1, len(cache.rows), *x.shape[2:], dtype=x.dtype, device=x.device) for x in inputs]
         forward = type(network).forward                                            # not the instance's: tools put clocks around it
-        self.forward = lambda: forward(network, *self.inputs, cache, cache.seen, **options)
+        super().__init__(network, lambda: forward(network, *self.inputs, cache, cache.seen, **options))
 
     def __call__(self, inputs: tuple[Tensor, ...], length: int, mask: Tensor | None) -> tuple[Tensor, ...]:
         """Outputs [1, n, ...], which the next call overwrites."""
@@ -408,28 +466,7 @@ class Graph:
             cache.start.fill_(length + n - w)
             cache.seen[:n, w:] = False
             cache.seen[:n, :w] = mask
-        if self.inputs[0].device.type != "cuda":
-            return self.forward()
-        if self.graph is None:
-            self.capture()
-        self.graph.replay()
-        return self.outputs
-
-    def capture(self) -> None:
-        """Once eagerly on the stream of the capture, which sets up kernels and workspaces, then recorded. All graphs of a network share
-        their memory: they run one after the other."""
-        network, device = self.network, self.inputs[0].device
-        with torch.cuda.device(device):
-            if network.graph_pool is None:
-                network.graph_pool, network.graph_stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-            network.graph_stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(network.graph_stream):
-                self.forward()
-            torch.cuda.current_stream().wait_stream(network.graph_stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=network.graph_pool, stream=network.graph_stream, capture_error_mode="thread_local"):
-                self.outputs = self.forward()
-        self.graph = graph
+        return super().__call__()
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
@@ -565,13 +602,14 @@ class Attention(Part):
         queries = queries.view(b, n, k, g, d).permute(0, 2, 3, 1, 4).reshape(b, k, g * n, d)
         return queries, rows.transpose(1, 2)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache, layer: int, last: bool = False) -> Tensor:
-        """last: only the last of the n tokens reads the cache and gives a result; the others just leave their keys and values there."""
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, attend: Callable, last: bool = False) -> Tensor:
+        """attend: a cache's, for one layer. last: only the last of the n tokens reads the cache and gives a result; the others just leave
+        their keys and values there."""
         b, n, _ = x.shape
         queries, rows = self.project(x, rotary)
         if last:
             queries, n, mask = queries[:, :, n - 1::n], 1, None
-        out = cache.attend(layer, queries, rows, mask)
+        out = attend(queries, rows, mask)
         return self.o_proj(out.view(b, self.k, -1, n, self.d).permute(0, 3, 1, 2, 4).reshape(b, n, self.h * self.d))
 
 
@@ -636,8 +674,13 @@ class Layer(Part):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config) if index in config.moe_layers else MLP(config)
 
-    def forward(self, x: Tensor, rotary, mask, cache: KVCache, last: bool = False) -> Tensor:
-        read = self.self_attn(self.input_layernorm(x), rotary, mask, cache, self.index, last)
+    def forward(self, x: Tensor, rotary, mask, cache: "KVCache | StaticCache", last: bool = False) -> Tensor:
+        static = isinstance(cache, StaticCache)                                    # compiled code must not depend on the layer's number
+        attend = partial(attend_static, cache.layers[self.index], cache.index) if static else partial(cache.attend, self.index)
+        return fused(Layer.run, cache)(self, x, rotary, mask, attend, last)
+
+    def run(self, x: Tensor, rotary, mask, attend: Callable, last: bool) -> Tensor:
+        read = self.self_attn(self.input_layernorm(x), rotary, mask, attend, last)
         x = (x[:, -1:] if last else x) + read
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -652,6 +695,7 @@ class _Decoder(nn.Module):
     graphs: bool | None = None
     graph_pool = graph_stream = None
     captured = 0                                                                   # graphs made so far
+    compiled = False                                                               # whether what graphs run is compiled first
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -674,7 +718,7 @@ class _Decoder(nn.Module):
         all columns]."""
         g = self.config.num_attention_heads // self.config.num_key_value_heads
         if isinstance(cache, StaticCache):
-            return cache.mask(dtype).repeat(g, 1)[None, None]
+            return cache.mask(mask, dtype).repeat(g, 1)[None, None]
         if isinstance(cache, PackedCache):
             return [self.group(own, size, part, dtype) for own, size, part in zip(mask, cache.sizes, cache.caches)]
         m, columns = cache.length + n, cache.columns(g * n, n)
@@ -693,9 +737,13 @@ class _Decoder(nn.Module):
 
     def graphed(self, tokens: Tensor, cache, mask: Tensor | None) -> bool:
         """Whether a forward goes over fixed buffers: one text, few tokens, its own cache, and no layer that has to wait for numbers."""
-        return (type(cache) is KVCache and cache.spare is not None and self.graphs is not False and tokens.shape[0] == 1
-                and tokens.shape[1] <= (CAUSAL if mask is None else BUCKETS[-1]) and (mask is None or mask.dim() == 2)
-                and torch.is_inference_mode_enabled() and not (tokens.is_cuda and self.waits()))
+        return (self.replays(cache) and tokens.shape[0] == 1 and tokens.shape[1] <= (CAUSAL if mask is None else BUCKETS[-1])
+                and (mask is None or mask.dim() == 2))
+
+    def replays(self, cache) -> bool:
+        """Whether short forwards behind this cache go over fixed buffers."""
+        return (type(cache) is KVCache and cache.spare is not None and self.graphs is not False and torch.is_inference_mode_enabled()
+                and not (self.inverse.is_cuda and self.waits()))
 
     def wide(self, x: Tensor) -> Tensor:
         """What is no prompt runs in float32, where precision is mixed."""
@@ -713,8 +761,7 @@ class _Decoder(nn.Module):
         m, w = min(cache.capacity, roomy(cache.length + padded, KVCache.STEP)), 0 if mask is None else -(-mask.shape[1] // 128) * 128
         key = (id(self), padded, m, w, *options.values())
         if key not in cache.graphs:
-            cache.graphs[key] = Graph(self, inputs, StaticCache(cache, padded, m, w), options)
-            self.captured += 1
+            cache.graphs[key] = Graph(self, inputs, StaticCache(cache, padded, m, w, self.compiled), options)
         outputs = cache.graphs[key](inputs, cache.length, mask)
         return [None if out is None else out[:, :n].clone() for out in outputs]
 
@@ -774,10 +821,10 @@ class Model(_Decoder):
         x = self.embed_tokens(tokens)                                              # [b, n, H]
         if mask is not None or tokens.numel() <= SHORT:
             x = self.wide(x)
-        rotary = self.rotary(positions, x.dtype)
         final = len(self.layers) - 1
         alone = final if last_only and mask is None and final not in taps else None   # the layer that only the last token goes through
-        mask = self.group(mask, tokens.shape[1], cache, x.dtype)
+        rotary = fused(_Decoder.rotary, cache)(self, positions, x.dtype)
+        mask = fused(_Decoder.group, cache)(self, mask, tokens.shape[1], cache, x.dtype)
         tapped = {-1: x} if taps else {}
         for layer in self.layers:
             x = layer(x, rotary, mask, cache, layer.index == alone)
@@ -820,11 +867,15 @@ class Eagle3(_Decoder):
         if self.graphed(tokens, cache, mask):
             logits, out = self.replay((tokens, hidden, positions), cache, mask)
             return logits[:, -1:] if last_only else logits, out[:, -1:] if last_only and mask is None else out
+        return fused(Eagle3.run, cache)(self, tokens, hidden, positions, cache, mask, last_only)
+
+    def run(self, tokens: Tensor, hidden: Tensor, positions: Tensor, cache: "KVCache | StaticCache", mask: Tensor | None,
+            last_only: bool) -> tuple[Tensor, Tensor]:
         x = self.embed_tokens(tokens).to(hidden.dtype)
         x = torch.cat((self.input_layernorm(x), self.hidden_norm(hidden)), dim=-1) # [b, n, 2H]
         alone = last_only and mask is None
         mask = None if alone else self.group(mask, tokens.shape[1], cache, x.dtype)
-        hidden = (hidden[:, -1:] if alone else hidden) + self.self_attn(x, self.rotary(positions, x.dtype), mask, cache, 0, alone)
+        hidden = (hidden[:, -1:] if alone else hidden) + self.self_attn(x, self.rotary(positions, x.dtype), mask, partial(cache.attend, 0), alone)
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return self.lm_head(self.norm(self.wide(hidden[:, -1:] if last_only else hidden))), hidden
 
@@ -1041,7 +1092,7 @@ def load_eagle3(folder: str | Path, target: Model, *, pack: bool = True) -> Eagl
     reach = torch.arange(config.draft_vocab_size, device=target.device) + head.d2t
     if reach.min() < 0 or reach.max() >= config.vocab_size:
         raise CheckpointError(f"{tensors.where}: tensor 'd2t' points outside the target's vocabulary of {config.vocab_size}")
-    head.graphs = target.graphs
+    head.graphs, head.compiled = target.graphs, target.compiled
     return head
 
 
@@ -1061,5 +1112,5 @@ def load_draft(folder: str | Path, target: Model) -> Eagle3 | Model:
     if config.vocab_size != want:
         raise CheckpointError(f"{path}: field 'vocab_size' is {config.vocab_size}, but the target's is {want}: a draft model needs the target's vocabulary")
     draft = load_model(folder, dtype=target.dtype, device=target.device, mixed=target.mixed and mixes(config, target.device))
-    draft.graphs = target.graphs
+    draft.graphs, draft.compiled = target.graphs, target.compiled
     return draft

@@ -7,6 +7,7 @@ greedy loop that recomputes everything for every token.
 
 import argparse
 import copy
+import functools
 import itertools
 import json
 import math
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import run
 import train_eagle3  # in tools/, which run.py puts on the path
-from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, generate, generate_batch, run_rounds
+from graft import METHODS, Beam, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, generate, generate_batch, run_rounds
 from model import (MLP, CheckpointError, Eagle3, KVCache, Linear, Model, ModelConfig, MoE, RMSNorm, attention, checkpoint_layout, half_scale, halves_work,
                    load_eagle3, load_model, mixes, unstacked)
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, template
@@ -251,6 +252,17 @@ def test_what_cannot_be_mixed_is_refused(tmp_path):
         architectures=["Qwen3MoeForCausalLM"], num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8)))
     with pytest.raises(ValueError, match="mixed precision takes a dense model"):
         load_model(folder, mixed=True)
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_the_dtype_is_one_that_the_cpu_multiplies(multiplies, monkeypatch):
+    """Not one that oneDNN only imitates, which halves the speed."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: multiplies)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    cpu = torch.device("cpu")
+    assert run.choose_dtype("auto", cpu) == (torch.bfloat16 if multiplies else torch.float32, False)
+    assert run.choose_dtype("bfloat16", cpu) == (torch.bfloat16, False) and run.choose_dtype("mixed", cpu) == (torch.bfloat16, True)
 
 
 def test_a_start_imports_little(tmp_path):
@@ -1097,6 +1109,35 @@ def test_a_draft_over_fixed_buffers_is_the_draft(small_steps, reads, depth, top_
     assert twin.captured
 
 
+@given(st.integers(1, 6), st.sampled_from([19, 256, 300, 1024]), st.integers(1, 9), st.randoms())
+def test_choosing_in_chunks_is_choosing(f, v, top_k, rng):
+    """Long rows, whose likeliest tokens may all stand in one chunk, and what is read is what is there."""
+    generator = torch.Generator().manual_seed(rng.randrange(2**32))
+    logits, ids = torch.randn(f, v, generator=generator) * 3, torch.randperm(v, generator=generator)
+    logits[:, :top_k] += rng.choice([0, 20])
+    rest = top_k, torch.randn(f, generator=generator).double(), torch.zeros(1, f, 4), torch.zeros(f, 0, dtype=torch.bool)
+    whole, chunks = Beam.choose(logits.log_softmax(-1), ids, *rest), Beam.greedy(logits, ids, *rest)
+    assert all(torch.equal(getattr(whole, name), getattr(chunks, name)) for name in ("values", "ids", "kept", "scores"))
+    assert whole.read() == chunks.read() == (whole.values.tolist(), whole.ids.tolist(), whole.kept.tolist())
+
+
+@pytest.mark.parametrize("drafter", ["head", "model"])
+def test_what_graphs_hold_can_be_compiled_and_is_once(drafter, monkeypatch):
+    """Without a break, and not again for other lengths of text and trees. Traced only: what torch makes of it is tools/test_cuda.py's."""
+    torch._dynamo.reset()
+    monkeypatch.setattr("model._compile", functools.lru_cache(lambda function: torch.compile(function, dynamic=True, backend="eager", fullgraph=True)))
+    plain, prompts = tiny(4, context=256), ([3], [1, 2, 3, 4, 1, 2, 3], list(range(30)) * 3)
+    target, network = static(plain), static(HEAD if drafter == "head" else tiny(5, num_hidden_layers=2, context=256))
+    target.compiled = network.compiled = True
+    wrapper, made, counted = EagleDrafter if drafter == "head" else ModelDrafter, [], torch._dynamo.utils.counters["stats"]
+    expected = [plain_greedy(plain, prompt, 40)[0] for prompt in prompts]
+    for fields in (dict(budget=30, depth=4, draft_top_k=5), dict(), dict(budget=9, depth=2), dict(method="ar"), dict(budget=25, depth=5, draft_top_k=7)):
+        config = GraftConfig(**dict(max_new_tokens=40, budget=12, draft_top_k=4, depth=3, thresholds=(0.0, 0.0, 0.0)) | fields)
+        assert [collect(target, prompt, config, state=State(target, wrapper(network)))[0] for prompt in prompts] == expected
+        made.append(counted["unique_graphs"])
+    assert made[0] > 0 and made[2:] == [made[1]] * 3
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_every_method_over_fixed_buffers_is_plain_decoding(method, temperature):
@@ -1324,7 +1365,7 @@ def test_the_demo_model_has_its_head_and_each_method_its_own_settings(demo):
     graft, eagle, paper = demo.configure("graft"), demo.configure("eagle"), demo.configure("graft_60")
     assert demo.method == graft.method == "graft" and demo.plan("graft").config == graft and demo.head is not None
     assert len(graft.verify_cost) == graft.budget + 1 and not eagle.verify_cost
-    assert demo.plan("graft").new_drafter().head is demo.head and demo.plan("ar").new_drafter() is None
+    assert demo.plan("graft").new_drafter().network is demo.head and demo.plan("ar").new_drafter() is None
     assert not graft.adjacency and all(demo.configure(name).adjacency == used for name, used in (      # as calibrated; retrieval alone uses it
         ("graft_unpruned", False), ("retrieve", True), ("graft_60", True), ("graft_adjacency", True), ("graft_no_ngrams", True)))
     assert (paper.budget, paper.retained, paper.verify_cost) == (60, (8 / 60, 24 / 60, 40 / 60), ())
@@ -1361,7 +1402,7 @@ def test_the_command_answers_in_json(dtype):
 
 @pytest.mark.parametrize("arguments, words", [
     (("",), "empty"), (("--bogus",), "--bogus"), (("x", "--model", "no-such-folder"), "no-such-folder"), (("x", "--budget", "0"), "--budget"),
-    (("x", "--method", "eagle", "--draft", "gone/"), "gone"), (("x", "--device", "abacus"), "abacus"), (("x", "--file", "gone.txt"), "--file"),
+    (("x", "--method", "eagle", "--draft", "gone/"), "gone"), (("x", "--device", "abacus"), "abacus"), (("x", "--device", "cpu", "--compile"), "--compile"), (("x", "--file", "gone.txt"), "--file"),
     (("bench", "--prompts", "gone.jsonl"), "gone.jsonl"), (("x", "--calibration", "gone.json"), "gone.json"), (("x", "--max-new-tokens", "0"), "max_new_tokens")])
 def test_a_mistake_gets_one_line(arguments, words):
     done = command(*arguments)

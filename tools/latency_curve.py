@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="as run.py's")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", required=True)
     args = parser.parse_args()
@@ -83,6 +84,7 @@ def main() -> None:
     if args.layers:
         config = replace(config, num_hidden_layers=args.layers, moe_layers=tuple(i for i in config.moe_layers if i < args.layers))
     model = random_model(config, getattr(torch, args.dtype), args.device)
+    model.compiled = args.compile
     times, peaks = curve(model, args.length, [0, 1, 3, 7, 15, 31, 60], args.repeats)
     speed = bandwidth(model.device)
     floor = bytes_read(model) / speed / 1e6

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import test_graft as base  # noqa: E402
 from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, State, generate_batch  # noqa: E402
-from model import CAUSAL, KVCache, MoE, RMSNorm  # noqa: E402
+from model import KVCache, MoE, RMSNorm  # noqa: E402
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -78,6 +78,20 @@ def test_every_method_says_what_the_cpu_says(method, temperature, graphs):
         assert say(gpu, EagleDrafter(gpu_head), prompt, **fields) == say(cpu, EagleDrafter(head), prompt, **fields)
 
 
+@pytest.mark.parametrize("method", ["ar", "graft"])
+def test_compiled_forwards_say_what_the_cpu_says_and_are_compiled_once(method):
+    """Whatever the length of text and tree: for one row and for more, with a mask and without."""
+    torch._dynamo.reset()
+    counted, stats = torch._dynamo.utils.counters["stats"], {}
+    cpu, gpu, head = copy.deepcopy(TARGET).float(), there(TARGET, True), there(HEAD, True)
+    gpu.compiled = head.compiled = True
+    for fields in (dict(), dict(budget=9, depth=3), dict(budget=30, draft_top_k=5, thresholds=(0.0, 0.0, 0.0)), dict(budget=5, depth=1)):
+        for prompt in PROMPTS:
+            assert say(gpu, EagleDrafter(head), prompt, method=method, **fields) == say(cpu, None, prompt, method="ar")
+        stats[len(stats)] = counted["unique_graphs"]
+    assert stats[0] > 0 and stats[3] == stats[2] <= stats[0] + 3
+
+
 @pytest.mark.parametrize("drafter", ["window", "model"])
 def test_other_drafters_say_what_the_cpu_says(drafter):
     cpu, gpu, small, head = copy.deepcopy(TARGET).float(), there(TARGET, True), there(SMALL, True), there(HEAD, True)
@@ -113,7 +127,8 @@ def test_nothing_is_captured_anew_for_the_same_text(method):
         said = say(gpu, EagleDrafter(head), PROMPTS[0], method=method)
     before = count()
     assert said == say(gpu, EagleDrafter(head), PROMPTS[0], method=method) and count() == before
-    graphs = [graph for _, graphs in gpu.spare + head.spare for graph in graphs.values()]
+    held = [value for _, graphs in gpu.spare + head.spare for value in graphs.values()]
+    graphs = [graph for value in held for graph in getattr(value, "steps", [value])]         # a chain's steps
     assert graphs and all(graph.graph is not None for graph in graphs) or DEVICE == "cpu"
 
 
@@ -142,7 +157,7 @@ def test_experts_run_as_one_product_each_way(monkeypatch):
             loop = moe(x)
         assert (grouped - exact).abs().mean() <= 1.5 * (loop - exact).abs().mean() + 1e-4
     with torch.inference_mode():
-        for n in (1, 3, CAUSAL):
+        for n in (1, 3, 32):
             positions = torch.arange(n, device=DEVICE)[None]
             tokens = positions % base.VOCAB
             ours, eager = (network(tokens, positions, network.new_cache(64))[0].float() for network in (graphed, plain))

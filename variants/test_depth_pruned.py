@@ -276,7 +276,7 @@ def test_a_model_without_a_draft_is_told_so():
         depth_pruned.prepare(setup, "depth_pruned_graft")
     setup.head = DRAFT_MODEL
     config, new_drafter, verify = depth_pruned.prepare(setup, "depth_pruned")
-    assert (config.method, new_drafter().model, verify) == ("eagle", DRAFT_MODEL, None) and new_drafter() is not new_drafter()
+    assert (config.method, new_drafter().network, verify) == ("eagle", DRAFT_MODEL, None) and new_drafter() is not new_drafter()
 
 
 @pytest.mark.parametrize("method", ["depth_pruned", "depth_pruned_graft"])
