@@ -324,7 +324,8 @@ class Beam:
 
 class Drafter:
     """Grows a tree by beam search over a draft network's guesses. A subclass says how it reads committed text (`taps`, `rewind`,
-    `observe`) and what one step runs (`run`); `variants/` has others. What stands in its place needs the first three and `expand`."""
+    `observe`) and what one step runs (`run`, or `step` where no graph can hold it); `variants/` has others. What stands in its place needs
+    the first three and `expand`."""
 
     taps: tuple[int, ...] = ()            # the target's layers whose outputs `observe` is given
     network: Eagle3 | Model | None = None # what `run` runs
@@ -393,17 +394,20 @@ class Chain:
     def __init__(self, drafter: Drafter, top_k: int, m: int):
         self.network, self.run, self.ids, self.top_k = drafter.network, drafter.run, drafter.ids, top_k    # not the drafter: its cache holds this
         self.logits, self.hidden = drafter.logits.clone(), drafter.hidden.clone()
-        self.root = torch.zeros(2, dtype=torch.int64, device=self.ids.device)      # the row behind it, and its position
+        self.start, self.position = (torch.zeros((), dtype=torch.int64, device=self.ids.device) for _ in range(2))   # the first row drafted, and its position
         self.static = StaticCache(drafter.cache, top_k, m, compiled=self.network.compiled)
         self.steps: list[Captured] = []
         self.beams: list[Beam] = []
 
     def begin(self, drafter: Drafter) -> None:
+        """A tree grows from what the drafter read last."""
         self.logits.copy_(drafter.logits)
         self.hidden.copy_(drafter.hidden)
-        self.root[0], self.root[1] = drafter.cache.length, drafter.cache.length + drafter.dropped
+        self.start.fill_(drafter.cache.length)
+        self.position.fill_(drafter.cache.length + drafter.dropped)
 
     def grow(self, step: int) -> Beam:
+        """The expansion step below the one above, whose replay, or the next tree's, overwrites it."""
         if step == len(self.steps):
             self.steps.append(Captured(self.network, partial(self.compute, step)))
             self.beams.append(None)
@@ -411,15 +415,16 @@ class Chain:
         return self.beams[step]
 
     def compute(self, step: int) -> Beam:
+        """`Drafter.grow`, every number of it on the device."""
         logits, hidden, device = self.logits, self.hidden, self.ids.device
         scores, seen = torch.zeros(1, dtype=torch.float64, device=device), torch.zeros(1, 0, dtype=torch.bool, device=device)
         if step:
             above, static = self.beams[step - 1], self.static
             tokens, hidden, seen = fused(Beam.frontier, static)(above)
             (n, rows), scores = seen.shape, above.scores
-            static.start, static.length = self.root[0], self.root[0] + (rows - n)
+            static.start, static.length = self.start, self.start + (rows - n)
             forward = partial(type(self.network).forward, self.network)            # not the instance's: tools put clocks around it
-            logits, hidden = self.run(forward, tokens, hidden, (self.root[1:] + (step - 1)).expand(1, n), static, F.pad(seen, (0, 1)))
+            logits, hidden = self.run(forward, tokens, hidden, (self.position + (step - 1)).expand(1, n), static, F.pad(seen, (0, 1)))
             logits = logits[0]
         return fused(Beam.greedy, self.static)(logits, self.ids, self.top_k, scores, hidden, seen)
 

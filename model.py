@@ -351,7 +351,6 @@ class PackedCache:
 # ------------------------------------------------------------------------------------------------------------- graphs
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)   # tokens of a forward over fixed buffers; fewer are padded
-CAUSAL = BUCKETS[-1]                                      # most tokens of such a forward without a mask; more are a prompt
 
 
 def roomy(rows: int, least: int) -> int:
@@ -737,8 +736,7 @@ class _Decoder(nn.Module):
 
     def graphed(self, tokens: Tensor, cache, mask: Tensor | None) -> bool:
         """Whether a forward goes over fixed buffers: one text, few tokens, its own cache, and no layer that has to wait for numbers."""
-        return (self.replays(cache) and tokens.shape[0] == 1 and tokens.shape[1] <= (CAUSAL if mask is None else BUCKETS[-1])
-                and (mask is None or mask.dim() == 2))
+        return self.replays(cache) and tokens.shape[0] == 1 and tokens.shape[1] <= BUCKETS[-1] and (mask is None or mask.dim() == 2)
 
     def replays(self, cache) -> bool:
         """Whether short forwards behind this cache go over fixed buffers."""

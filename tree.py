@@ -38,16 +38,19 @@ class Tree:
     def add(self, token: int, parent: int, score: float, source: str, merge: bool = True) -> int:
         """The child of `parent` that holds `token`: the one that is there already, with the better score, else a new node. Returns
         its number."""
-        node = self.child.get((parent, token)) if merge else None
+        key, above = (parent, token), self.scores[parent]
+        node = self.child.get(key) if merge else None
+        if score > above:                                       # a child is never likelier than its parent
+            score = above
         if node is None:
-            node = self.child[parent, token] = len(self.tokens)
+            node = self.child[key] = len(self.tokens)
             self.tokens.append(token)
             self.parents.append(parent)
             self.depths.append(self.depths[parent] + 1)
-            self.scores.append(min(score, self.scores[parent]))  # a child is never likelier than its parent
+            self.scores.append(score)
             self.sources.append(source)
         elif score > self.scores[node]:                         # two sources agree: the surer one counts until `graft` mixes them
-            self.scores[node] = min(score, self.scores[parent])
+            self.scores[node] = score
         return node
 
     def path(self, node: int) -> list[int]:

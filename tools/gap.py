@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import run  # noqa: E402
 from calibrate import PROMPTS, floor, measure, median_ms  # noqa: E402
 from demo_model import command_line, tool  # noqa: E402
-from graft import Sequence, run_rounds  # noqa: E402
+from graft import Chain, Sequence, run_rounds  # noqa: E402
 from model import Linear  # noqa: E402
 from retrieval import AdjacencyMatrix, NGramIndex  # noqa: E402
 
@@ -39,28 +39,26 @@ def products(model, rows: int, repeats: int) -> float:
     return median_ms({"all": lambda: [linear(x) for linear, x in zip(linears, inputs)]}, repeats)["all"]
 
 
-class Clock:
-    """Stands in for a module's forward and adds up its wall time."""
-
-    def __init__(self, name: str, module, spent: Counter):
-        self.name, self.forward, self.spent = name, module.forward, spent
-
-    def __call__(self, *args, **kwargs):
+def clocked(name: str, function, spent: Counter):
+    """The function, its wall time added up under a name."""
+    def call(*args, **kwargs):
         begin = time.perf_counter()
-        out = self.forward(*args, **kwargs)
+        out = function(*args, **kwargs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.spent[self.name] += time.perf_counter() - begin
+        spent[name] += time.perf_counter() - begin
         return out
+    return call
 
 
 def rounds(setup: run.Setup, prompts: list[list[int]]) -> dict:
     """Of all rounds together, prefill left out: each part's share of the wall time."""
     spent, total, count = Counter(), 0.0, 0
-    clocked, fc = (("target", setup.model), ("head", setup.head)), setup.head.fc
-    for name, module in clocked:
-        module.forward = Clock(name, module, spent)
-    setup.head.__dict__["fc"] = Clock("head", fc, spent)     # a Part is called as its class says: what stands on the instance is not asked
+    modules, fc, grow = (("target", setup.model), ("head", setup.head)), setup.head.fc, Chain.grow
+    for name, module in modules:
+        module.forward = clocked(name, module.forward, spent)
+    setup.head.__dict__["fc"] = clocked("head", fc, spent)   # a Part is called as its class says: what stands on the instance is not asked
+    Chain.grow = clocked("head", grow, spent)                # on a GPU the head runs there
     steps = Counter()
     for prompt in prompts:
         plan = setup.plan("graft")
@@ -73,9 +71,9 @@ def rounds(setup: run.Setup, prompts: list[list[int]]) -> dict:
         count += step.stats.rounds
         for name in ("target", "head"):
             steps[f"{name} forward"] += spent[name] - before[name]
-    for _, module in clocked:
+    for _, module in modules:
         del module.forward
-    setup.head.__dict__["fc"] = fc
+    setup.head.__dict__["fc"], Chain.grow = fc, grow
     share = {name: round(seconds / total, 4) for name, seconds in steps.items()}
     return {"rounds": count, "milliseconds_a_round": round(1000 * total / count, 2), "share": share,
             "overhead_share": round(1 - share["target forward"] - share["head forward"], 4)}
