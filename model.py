@@ -11,6 +11,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -559,7 +560,7 @@ class RMSNorm(Part):
         super().__init__()
         self.weight, self.eps, self.packed = nn.Parameter(torch.empty(size)), eps, None
 
-    def pack(self, mixed: bool = False) -> None:
+    def pack(self, mixed: bool = False, prompts: bool = True) -> None:
         """For float32 on a CPU, where torch's own takes twice the time in small kernels: with n = size, mean(x^2) + eps is (|x|^2 + n eps) / n. Inference only."""
         if self.weight.device.type == "cpu" and (mixed or self.weight.dtype == torch.float32):
             size = len(self.weight)
@@ -941,29 +942,37 @@ def _read_tensor(path: Path, name: str) -> Tensor:
 
 
 def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple]], dtype, device, optional=(), pack: bool = False,
-          mixed: bool = False) -> None:
+          mixed: bool = False, tied: bool = False) -> None:
     """Give every parameter of a meta-device `module` its tensor. `parts` maps a parameter to the tensors of the checkpoint,
-    with their shapes, that are stacked to make it. A missing, extra or misshapen tensor is an error that names it. With `pack`, each
-    matrix is packed before the next is read."""
-    module.mixed, used = mixed, set(optional)
-    for name, value in module.state_dict().items():
-        pieces = []
-        for source, shape in parts.get(name, {name: tuple(value.shape)}).items():
-            if source not in tensors.shapes:
-                raise CheckpointError(f"{tensors.where}: tensor '{source}' is missing; expected shape {list(shape)}")
-            if tensors.shapes[source] != shape:
-                raise CheckpointError(f"{tensors.where}: tensor '{source}' has shape {list(tensors.shapes[source])}; "
-                                      f"config.json implies {list(shape)}")
-            tensor, accepted = tensors.read[source](), FLOATS if value.is_floating_point() else INTEGERS
-            if tensor.dtype not in accepted:
-                raise CheckpointError(f"{tensors.where}: tensor '{source}' is of {tensor.dtype}; expected one of {', '.join(map(str, accepted))}")
-            pieces.append(tensor.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True))
-            used.add(source)
-        owner, _, own = name.rpartition(".")
-        owner = module.get_submodule(owner)
-        owner.load_state_dict({own: pieces[0] if len(pieces) == 1 else torch.cat(pieces).view(value.shape)}, strict=False, assign=True)
-        if pack and isinstance(owner, (Linear, RMSNorm)):
-            owner.pack(mixed, prompts=False) if name == "lm_head.weight" else owner.pack(mixed)
+    with their shapes, that are stacked to make it. A missing, extra or misshapen tensor is an error that names it. With `pack`,
+    matrices are packed beside the reading, so that no more of them than there are threads, and one, are in memory twice. tied: `lm_head` takes
+    the embeddings."""
+    module.mixed, used, packing, threads = mixed, set(optional), set(), torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        for name, value in module.state_dict().items():
+            pieces = []
+            for source, shape in parts.get(name, {name: tuple(value.shape)}).items():
+                if source not in tensors.shapes:
+                    raise CheckpointError(f"{tensors.where}: tensor '{source}' is missing; expected shape {list(shape)}")
+                if tensors.shapes[source] != shape:
+                    raise CheckpointError(f"{tensors.where}: tensor '{source}' has shape {list(tensors.shapes[source])}; "
+                                          f"config.json implies {list(shape)}")
+                tensor, accepted = tensors.read[source](), FLOATS if value.is_floating_point() else INTEGERS
+                if tensor.dtype not in accepted:
+                    raise CheckpointError(f"{tensors.where}: tensor '{source}' is of {tensor.dtype}; expected one of {', '.join(map(str, accepted))}")
+                pieces.append(tensor.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True))
+                used.add(source)
+            owner, _, own = name.rpartition(".")
+            owner = module.get_submodule(owner)
+            owner.load_state_dict({own: pieces[0] if len(pieces) == 1 else torch.cat(pieces).view(value.shape)}, strict=False, assign=True)
+            if tied and name == "embed_tokens.weight":
+                module.lm_head.weight, name, owner = owner.weight, "lm_head.weight", module.lm_head
+            if pack and isinstance(owner, (Linear, RMSNorm)):
+                packing.add(pool.submit(owner.pack, mixed, name != "lm_head.weight"))
+            if len(packing) > threads:
+                done, packing = wait(packing, return_when=FIRST_COMPLETED)
+                [each.result() for each in done]
+        [each.result() for each in packing]
     extra = sorted(set(tensors.shapes) - used)
     if extra:
         more = f" and {len(extra) - 1} more" if extra[1:] else ""
@@ -1034,11 +1043,7 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, devic
     parts = checkpoint_layout(model)
     if config.tie_word_embeddings:
         model.lm_head.weight = None                    # not read a second time
-    _fill(model, tensors, parts, dtype, device, optional, pack, mixed)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
-        if pack:
-            model.lm_head.pack(model.mixed, prompts=False)
+    _fill(model, tensors, parts, dtype, device, optional, pack, mixed, config.tie_word_embeddings)
     return model
 
 
