@@ -290,7 +290,7 @@ def set_up(args) -> Setup:
     model = load_model(folder, dtype=dtype, device=device, mixed=mixed)
     model.graphs, model.compiled = False if args.no_graphs else None, args.compile       # what drafts for it follows
     if args.compile:
-        say("Compiling as forwards come: half a minute the first time, then kept by torch ...")
+        say("Compiling as forwards come: half a minute, less once torch has kept some of it ...")
     text.check(model)
     own = OWN_DRAFT & {*(getattr(args, "methods", None) or "").split(","), getattr(args, "method", None)}
     draft = not own and args.draft or (str(DEMO_HEAD) if not args.model and DEMO_HEAD.is_dir() else None)
@@ -763,7 +763,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", default="auto", choices=("auto", "mixed", "bfloat16", "float16", "float32", "float64"),
         help="mixed, on a CPU: prompts in bfloat16, all else in float32: exact and faster with a small model, but starts a second later")
-    add("--compile", action="store_true", help="on a GPU, compile what the graphs hold: decoding gains a fifth, the first start loses half a minute")
+    add("--compile", action="store_true", help="on a GPU, compile what the graphs hold: decoding is a fifth to a third faster, a start half a minute longer")
     add("--no-graphs", action="store_true", help="on a GPU, launch every kernel instead of replaying CUDA graphs")
     add("--max-new-tokens", type=int, default=128 if command in ("bench", "verify") else 512)
     add("--budget", type=int, help=f"most nodes a tree holds below its root (default: as calibrated, else {CPU_BUDGET} on a CPU, {GPU_BUDGET} on a GPU)")

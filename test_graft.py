@@ -1338,10 +1338,15 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(ROOT / "run.py"), *arguments], capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
 
 
-@pytest.fixture(scope="module")
+@functools.lru_cache
+def demo_setup():
+    return run.set_up(run.parse(["x", "--dtype", "float32", "--device", "cpu"]))       # calibrated there
+
+
+@pytest.fixture
 def demo():
-    parser = run.parse(["x", "--dtype", "float32", "--device", "cpu"])       # calibrated there
-    return run.set_up(parser)
+    """The same for every file of tests."""
+    return demo_setup()
 
 
 def test_every_step_is_plain_decoding_on_the_demo_model(demo):

@@ -82,14 +82,14 @@ def test_every_method_says_what_the_cpu_says(method, temperature, graphs):
 def test_compiled_forwards_say_what_the_cpu_says_and_are_compiled_once(method):
     """Whatever the length of text and tree: for one row and for more, with a mask and without."""
     torch._dynamo.reset()
-    counted, stats = torch._dynamo.utils.counters["stats"], {}
+    counted, made = torch._dynamo.utils.counters["stats"], []
     cpu, gpu, head = copy.deepcopy(TARGET).float(), there(TARGET, True), there(HEAD, True)
     gpu.compiled = head.compiled = True
     for fields in (dict(), dict(budget=9, depth=3), dict(budget=30, draft_top_k=5, thresholds=(0.0, 0.0, 0.0)), dict(budget=5, depth=1)):
         for prompt in PROMPTS:
             assert say(gpu, EagleDrafter(head), prompt, method=method, **fields) == say(cpu, None, prompt, method="ar")
-        stats[len(stats)] = counted["unique_graphs"]
-    assert stats[0] > 0 and stats[3] == stats[2] <= stats[0] + 3
+        made.append(counted["unique_graphs"])
+    assert made[0] > 0 and made[3] == made[2] <= made[0] + 3
 
 
 @pytest.mark.parametrize("drafter", ["window", "model"])
