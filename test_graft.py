@@ -33,7 +33,7 @@ from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, tem
 from tree import ADJACENCY, DRAFT, NGRAM, TARGET, Tree
 
 ROOT = Path(__file__).resolve().parent
-settings.register_profile("graft", deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+settings.register_profile("graft", deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
 settings.load_profile("graft")
 VOCAB = 31
 torch.set_num_threads(1)   # tiny matrices: more threads only wait for each other
