@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Captured, Eagle3, KVCache, Model, PackedCache, StaticCache, fused, roomy
+from model import Captured, Eagle3, KVCache, Model, PackedCache, StaticCache, fused
 from retrieval import AdjacencyMatrix, NGramIndex
 from tree import ADJACENCY, NGRAM, TARGET, Branch, Tree
 
@@ -379,7 +379,7 @@ class Drafter:
         cache, network = self.cache, self.network
         if network is None or not network.replays(cache) or top_k > len(self.ids):
             return None
-        m = min(cache.capacity, roomy(cache.length + depth * top_k, KVCache.STEP))
+        m = cache.span(depth * top_k)
         key = (id(network), "chain", top_k, m)
         if key not in cache.graphs:
             cache.graphs[key] = Chain(self, top_k, m)
@@ -410,8 +410,7 @@ class Chain:
         """The expansion step below the one above, whose replay, or the next tree's, overwrites it."""
         if step == len(self.steps):
             self.steps.append(Captured(self.network, partial(self.compute, step)))
-            self.beams.append(None)
-        self.beams[step] = self.steps[step]()
+        self.beams[step:] = [self.steps[step]()]
         return self.beams[step]
 
     def compute(self, step: int) -> Beam:

@@ -295,6 +295,10 @@ class KVCache:
         round_size = r <= FEW and self.capacity - m <= self.STEP and by_products(r, self.capacity, self.rows.device, self.rows.dtype)
         return self.capacity if round_size else m
 
+    def span(self, n: int) -> int:
+        """How many rows, one of few sizes, a graph reads where n follow the committed ones."""
+        return min(self.capacity, roomy(self.length + n, self.STEP))
+
     def write(self, layer: int, rows: Tensor) -> Tensor:
         """Put rows [b, 2k, n, d], keys and values, behind the committed ones; return the layer's cache."""
         n = rows.shape[2]
@@ -560,7 +564,7 @@ class RMSNorm(Part):
         super().__init__()
         self.weight, self.eps, self.packed = nn.Parameter(torch.empty(size)), eps, None
 
-    def pack(self, mixed: bool = False, prompts: bool = True) -> None:
+    def pack(self, mixed: bool = False) -> None:
         """For float32 on a CPU, where torch's own takes twice the time in small kernels: with n = size, mean(x^2) + eps is (|x|^2 + n eps) / n. Inference only."""
         if self.weight.device.type == "cpu" and (mixed or self.weight.dtype == torch.float32):
             size = len(self.weight)
@@ -757,7 +761,7 @@ class _Decoder(nn.Module):
         n = inputs[0].shape[1]
         padded = next(size for size in BUCKETS if size >= n)
         cache.reserve(cache.length + padded)
-        m, w = min(cache.capacity, roomy(cache.length + padded, KVCache.STEP)), 0 if mask is None else -(-mask.shape[1] // 128) * 128
+        m, w = cache.span(padded), 0 if mask is None else -(-mask.shape[1] // 128) * 128
         key = (id(self), padded, m, w, *options.values())
         if key not in cache.graphs:
             cache.graphs[key] = Graph(self, inputs, StaticCache(cache, padded, m, w, self.compiled), options)
@@ -968,7 +972,7 @@ def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple
             if tied and name == "embed_tokens.weight":
                 module.lm_head.weight, name, owner = owner.weight, "lm_head.weight", module.lm_head
             if pack and isinstance(owner, (Linear, RMSNorm)):
-                packing.add(pool.submit(owner.pack, mixed, name != "lm_head.weight"))
+                packing.add(pool.submit(owner.pack, mixed, **({"prompts": False} if name == "lm_head.weight" else {})))
             if len(packing) > threads:
                 done, packing = wait(packing, return_when=FIRST_COMPLETED)
                 [each.result() for each in done]
