@@ -10,7 +10,7 @@ k key/value heads, g = h / k, d head size, I MLP size, E experts, L layers.
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -562,13 +562,18 @@ class RMSNorm(Part):
 
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight, self.eps, self.packed = nn.Parameter(torch.empty(size)), eps, None
+        self.weight, self.eps, self.packed, self.wide = nn.Parameter(torch.empty(size)), eps, None, None
+
+    @property
+    def factors(self) -> Tensor:
+        """Its weight, in the dtype of decoding."""
+        return self.weight if self.wide is None else self.wide
 
     def pack(self, mixed: bool = False) -> None:
         """For float32 on a CPU, where torch's own takes twice the time in small kernels: with n = size, mean(x^2) + eps is (|x|^2 + n eps) / n. Inference only."""
         if self.weight.device.type == "cpu" and (mixed or self.weight.dtype == torch.float32):
-            size = len(self.weight)
-            self.packed = self.weight.detach().float() * math.sqrt(size), torch.tensor(math.sqrt(size * self.eps))
+            size, self.wide = len(self.weight), self.weight.detach().float()
+            self.packed = self.wide * math.sqrt(size), torch.tensor(math.sqrt(size * self.eps))
 
     def forward(self, x: Tensor) -> Tensor:
         """In half precision on a CPU the layer norm of (x, -x), whose mean is 0 and whose variance is the mean of x squared: one fused kernel
@@ -580,6 +585,26 @@ class RMSNorm(Part):
         if x.dtype == self.weight.dtype and (x.is_cuda or x.dtype in (torch.float32, torch.float64)):
             return F.rms_norm(x, (size,), self.weight, self.eps)
         return torch.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=self.eps).narrow(-1, 0, size) * self.weight
+
+
+def turn(rows: Tensor, rotary: tuple[Tensor, Tensor], h: int, k: int, norms: Sequence[Callable]) -> tuple[Tensor, Tensor]:
+    """Rows [b, n, (h + 2k) * d] of `qkv_proj` -> queries [b, k, g*n, d], and keys and values [b, 2k, n, d], at the positions of `rotary`.
+    norms: of query heads and key heads, or none. The g query heads that share a key head become rows of one attention: no key is read or
+    copied twice."""
+    (b, n, _), (cos, sin) = rows.shape, rotary                                     # [b, n, h + 2k, d]; sin of the first half is negative
+    d = cos.shape[-1]
+    rows = rows.view(b, n, h + 2 * k, d)
+    if norms:
+        queries, keys, values = rows.split((h, k, k), dim=2)
+        rows = torch.cat((norms[0](queries), norms[1](keys), values), dim=2)
+    queries, rows = (rows * cos + rows.roll(d // 2, -1) * sin).split_with_sizes((h, 2 * k), dim=2)
+    return queries.view(b, n, k, h // k, d).permute(0, 2, 3, 1, 4).reshape(b, k, -1, d), rows.transpose(1, 2)
+
+
+def join(out: Tensor, n: int) -> Tensor:
+    """What attention gives n tokens, [b, k, g*n, d], as rows [b, n, h * d] for `o_proj`."""
+    b, k, r, d = out.shape
+    return out.view(b, k, -1, n, d).permute(0, 3, 1, 2, 4).reshape(b, n, k * r // n * d)
 
 
 class Attention(Part):
@@ -594,27 +619,16 @@ class Attention(Part):
 
     def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Queries [b, k, g*n, d], and keys and values [b, 2k, n, d], of x [b, n, inputs] at their positions."""
-        b, n, _ = x.shape
-        h, k, d, g = self.h, self.k, self.d, self.h // self.k
-        rows = self.qkv_proj(x).view(b, n, h + 2 * k, d)
-        if self.qk_norm:
-            queries, keys, values = rows.split((h, k, k), dim=2)
-            rows = torch.cat((self.q_norm(queries), self.k_norm(keys), values), dim=2)
-        cos, sin = rotary                                                          # [b, n, h + 2k, d]; sin of the first half is negative
-        queries, rows = (rows * cos + rows.roll(d // 2, -1) * sin).split_with_sizes((h, 2 * k), dim=2)
-        # The g query heads that share a key head become rows of one attention: no key is read or copied twice.
-        queries = queries.view(b, n, k, g, d).permute(0, 2, 3, 1, 4).reshape(b, k, g * n, d)
-        return queries, rows.transpose(1, 2)
+        return turn(self.qkv_proj(x), rotary, self.h, self.k, (self.q_norm, self.k_norm) if self.qk_norm else ())
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, attend: Callable, last: bool = False) -> Tensor:
         """attend: a cache's, for one layer. last: only the last of the n tokens reads the cache and gives a result; the others just leave
         their keys and values there."""
-        b, n, _ = x.shape
+        n = x.shape[1]
         queries, rows = self.project(x, rotary)
         if last:
             queries, n, mask = queries[:, :, n - 1::n], 1, None
-        out = attend(queries, rows, mask)
-        return self.o_proj(out.view(b, self.k, -1, n, self.d).permute(0, 3, 1, 2, 4).reshape(b, n, self.h * self.d))
+        return self.o_proj(join(attend(queries, rows, mask), n))
 
 
 class MLP(Part):
@@ -689,6 +703,37 @@ class Layer(Part):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+@dataclass
+class Kernels:
+    """On a CPU: what stands between the matrix products of a layer, for few tokens of one text, as three compiled functions from a list of
+    tensors to a list of tensors. `tools/kernels.py` makes them."""
+
+    read: Callable       # rows of qkv_proj, cos, sin, the layer's cache, mask [1, 1, g*n, m], weights of the head norms -> what o_proj takes
+    add_norm: Callable   # x, what is added to it, a norm's weight -> the sum and its norm
+    gate: Callable       # rows of gate_up_proj -> what down_proj takes
+
+    def fit(self, config: ModelConfig, n: int, cache: "KVCache", dtype: torch.dtype) -> bool:
+        """Whether a forward of n tokens can be run so, and is faster."""
+        r = n * config.num_attention_heads // config.num_key_value_heads
+        return (r <= FEW and type(cache) is KVCache and cache.rows.shape[1] == 1 and cache.rows.dtype == dtype
+                and cache.length + n <= cache.capacity and not by_products(r, cache.capacity, cache.rows.device, dtype))
+
+    def run(self, layers: nn.ModuleList, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, cache: "KVCache", taps: tuple[int, ...]) -> tuple[Tensor, dict]:
+        """What comes out of the last layer [1, n, H], and of those that `taps` names. An MLP's result is added where the next norm is taken."""
+        tapped, added = {}, torch.zeros_like(x)
+        for layer in layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            norms = (attention.q_norm.factors, attention.k_norm.factors) if attention.qk_norm else ()
+            x, y = self.add_norm([x, added, layer.input_layernorm.factors])
+            y, = self.read([attention.qkv_proj(y), *rotary, cache.layers[layer.index], mask, *norms])
+            x, y = self.add_norm([x, attention.o_proj(y), layer.post_attention_layernorm.factors])
+            y, = self.gate([mlp.gate_up_proj(y)])
+            added = mlp.down_proj(y)
+            if layer.index in taps:
+                tapped[layer.index] = x + added
+        return x + added, tapped
+
+
 class _Decoder(nn.Module):
     """What the target and the head share: rotary tables, the shape of the mask, and forwards over fixed buffers.
 
@@ -700,6 +745,7 @@ class _Decoder(nn.Module):
     graph_pool = graph_stream = None
     captured = 0                                                                   # graphs made so far
     compiled = False                                                               # whether what graphs run is compiled first
+    kernels: Kernels | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -824,15 +870,21 @@ class Model(_Decoder):
         x = self.embed_tokens(tokens)                                              # [b, n, H]
         if mask is not None or tokens.numel() <= SHORT:
             x = self.wide(x)
-        final = len(self.layers) - 1
+        n, final, tapped = tokens.shape[1], len(self.layers) - 1, {-1: x} if taps else {}
+        kernels = self.kernels if self.kernels and self.kernels.fit(self.config, n, cache, x.dtype) else None
+        if kernels and mask is None:
+            mask = torch.ones(n, n, dtype=torch.bool).tril()                       # they take one
         alone = final if last_only and mask is None and final not in taps else None   # the layer that only the last token goes through
         rotary = fused(_Decoder.rotary, cache)(self, positions, x.dtype)
-        mask = fused(_Decoder.group, cache)(self, mask, tokens.shape[1], cache, x.dtype)
-        tapped = {-1: x} if taps else {}
-        for layer in self.layers:
-            x = layer(x, rotary, mask, cache, layer.index == alone)
-            if layer.index in taps:
-                tapped[layer.index] = x
+        mask = fused(_Decoder.group, cache)(self, mask, n, cache, x.dtype)
+        if kernels:
+            x, found = kernels.run(self.layers, x, rotary, mask, cache, taps)
+            tapped |= found
+        else:
+            for layer in self.layers:
+                x = layer(x, rotary, mask, cache, layer.index == alone)
+                if layer.index in taps:
+                    tapped[layer.index] = x
         logits = self.lm_head(self.norm(self.wide(x[:, -1:] if last_only else x)))
         return logits, torch.cat([tapped[i] for i in taps], dim=-1) if taps else None
 

@@ -11,7 +11,9 @@ import functools
 import itertools
 import json
 import math
+import os
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,9 +27,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import run
-import train_eagle3  # in tools/, which run.py puts on the path
+import kernels  # in tools/, which run.py puts on the path
+import train_eagle3  # so is this
 from graft import METHODS, Beam, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, generate, generate_batch, run_rounds
-from model import (MLP, CheckpointError, Eagle3, KVCache, Linear, Model, ModelConfig, MoE, RMSNorm, attention, checkpoint_layout, half_scale, halves_work,
+from model import (MLP, CheckpointError, Eagle3, Kernels, KVCache, Linear, Model, ModelConfig, MoE, RMSNorm, attention, checkpoint_layout, half_scale, halves_work,
                    load_eagle3, load_model, mixes, unstacked)
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, template
 from tree import ADJACENCY, DRAFT, NGRAM, TARGET, Tree
@@ -1332,6 +1335,114 @@ def test_bad_files_are_named(tmp_path):
             load_model(tmp_path)
 
 
+# --------------------------------------------------------------------------------------------- compiled, on a CPU
+
+def between_products(model: Model) -> tuple[Model, Kernels]:
+    """The same weights, run by the functions that tools/kernels.py compiles, here as they are; and each call's name in its `calls`."""
+    twin, calls = copy.copy(model), []
+
+    def function(name, part):
+        def run(tensors):
+            calls.append(name)
+            out = part(*tensors)
+            return out if isinstance(out, tuple) else (out,)
+        return run
+
+    twin.kernels = Kernels(*(function(name, part) for name, (part, _, _) in kernels.examples(model.config, model.dtype).items()))
+    twin.kernels.calls = calls
+    return twin
+
+
+QWEN = tiny(6, context=256, architecture="Qwen3ForCausalLM", qk_norm=True, head_dim=12)
+
+
+@given(st.lists(trees(), min_size=1, max_size=4), tokens_of(1, 40), st.sampled_from([(), (-1, 2, 5)]), st.randoms(), st.booleans(), st.booleans())
+def test_what_is_compiled_is_the_layers(small_steps, drawn, prompt, taps, rng, normed, narrow):
+    """Logits, features and cache rows, through prompts, trees, and commits of paths between them, in float64 and in float32."""
+    model, bound = QWEN if normed else MODEL, 1e-9
+    if narrow:
+        model, bound = copy.deepcopy(model).float(), 2e-3
+    twin = between_products(model)
+    pairs = [(network, network.new_cache(0)) for network in (model, twin)]
+    with torch.inference_mode():
+        for at, tree in enumerate(drawn):
+            for ids, own in ((prompt, None), (tree.tokens, tree)):
+                length = pairs[0][1].length
+                positions = (own.positions(length) if own else length + torch.arange(len(ids)))[None]
+                twin.kernels.calls.clear()
+                for _, cache in pairs:
+                    cache.reserve(length + len(ids))
+                (logits, features), (got, tapped) = (network(torch.tensor([ids]), positions, cache, own.mask() if own else None, taps=taps, last_only=not own and bool(at % 2))
+                                                     for network, cache in pairs)
+                torch.testing.assert_close(got, logits, atol=bound, rtol=bound)
+                assert (tapped is features is None) if not taps else (tapped - features).abs().max() < bound
+                rows, others = (cache.rows[:, :, :, :length + len(ids)] for _, cache in pairs)
+                assert (rows - others).abs().max() < bound
+                assert twin.kernels.calls == ["add_norm", "read", "add_norm", "gate"] * 6 * (2 * len(ids) <= 64)     # g is 2
+                path = [0, *own.path(rng.randrange(len(own)))] if own else list(range(len(ids)))
+                for _, cache in pairs:
+                    cache.commit(path)
+
+
+def test_what_compiled_functions_cannot_do_is_done_without_them():
+    """Texts side by side, and batches; and a full cache is an error, not written past."""
+    twin = between_products(MODEL)
+    expected = [collect(MODEL, prompt, GraftConfig(method="retrieve", max_new_tokens=9))[0] for prompt in ([1, 2, 1], [4])]
+    said = [[], []]
+    for i, step in generate_batch(twin, [[1, 2, 1], [4]], GraftConfig(method="retrieve", max_new_tokens=9)):
+        said[i] += step.tokens
+    assert said == expected
+    with torch.inference_mode():
+        tokens = torch.randint(0, VOCAB, (2, 3))
+        whole = [network(tokens, torch.arange(3)[None], network.new_cache(3, batch=2))[0] for network in (MODEL, twin)]
+        assert torch.equal(*whole)
+        with pytest.raises(ValueError, match="reserve more"):
+            twin(tokens[:1], torch.arange(3)[None], twin.new_cache(2))
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+@needs_halves
+def test_compiled_functions_decode_as_the_layers_do_and_are_compiled_once(tmp_path, monkeypatch):
+    """In float32 and mixed precision, at every length: what is compiled asks for no size."""
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
+    said, folder = [], mixed_target(tmp_path, architecture="Qwen3ForCausalLM", qk_norm=True)
+    (tmp_path / "head").mkdir()
+    save_head(tmp_path / "head", tiny_head(tiny(hidden_size=64, intermediate_size=96, head_dim=16)), max_position_embeddings=128)
+    for mixed in (False, True):
+        target, plain = (load_model(folder, dtype=torch.bfloat16 if mixed else torch.float32, mixed=mixed) for _ in range(2))
+        target.kernels = kernels.kernels(target.config, target.cache_dtype, said.append)
+        with torch.inference_mode():
+            for n, length, capacity in itertools.product((1, 2, 3, 8, 16), (0, 1, 7, 500), (516, 1024, 1536)):
+                tokens, positions, caches = torch.randint(0, VOCAB, (1, n)), torch.arange(length, length + n)[None], [target.new_cache(capacity) for _ in range(2)]
+                mask = torch.rand(n, n).round().bool().tril() | torch.eye(n, dtype=torch.bool)
+                caches[0].rows.normal_()
+                caches[1].rows.copy_(caches[0].rows)
+                caches[0].length = caches[1].length = length
+                (logits, _), (expected, _) = target(tokens, positions, caches[0], mask), plain(tokens, positions, caches[1], mask)
+                torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)
+                torch.testing.assert_close(caches[0].rows, caches[1].rows, atol=2e-4, rtol=2e-4)
+        head = load_eagle3(tmp_path / "head", target)
+        for method in METHODS:
+            config = GraftConfig(method=method, max_new_tokens=60, budget=20, depth=2, draft_top_k=4)
+            assert collect(target, [5, 6, 7], config, state=State(target, EagleDrafter(head)))[0] == collect(plain, [5, 6, 7], replace(config, method="ar"))[0]
+    assert len(said) == 2 and "ompil" in said[0]
+    compiled, = (tmp_path / "cache").iterdir()
+    assert sorted(file.name for file in compiled.iterdir()) == ["add_norm.pt2", "gate.pt2", "read.pt2"]
+    (compiled / "gate.pt2").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="delete that folder"):
+        kernels.kernels(target.config, target.cache_dtype)
+
+
+def test_what_cannot_be_compiled_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="dense model"):
+        kernels.kernels(MOE.config, torch.float32)
+    monkeypatch.setattr(kernels, "examples", lambda *_: {"read": (torch.nn.Linear(2, 2), (torch.zeros(3),), None)})
+    with pytest.raises(ValueError, match="C[+][+] compiler"):
+        kernels.kernels(MODEL.config, torch.float32, lambda words: None)
+    assert not list(tmp_path.iterdir())
+
+
 # ----------------------------------------------------------------------------------------- the demo model, end to end
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
@@ -1407,7 +1518,7 @@ def test_the_command_answers_in_json(dtype):
 
 @pytest.mark.parametrize("arguments, words", [
     (("",), "empty"), (("--bogus",), "--bogus"), (("x", "--model", "no-such-folder"), "no-such-folder"), (("x", "--budget", "0"), "--budget"),
-    (("x", "--method", "eagle", "--draft", "gone/"), "gone"), (("x", "--device", "abacus"), "abacus"), (("x", "--device", "cpu", "--compile"), "--compile"), (("x", "--file", "gone.txt"), "--file"),
+    (("x", "--method", "eagle", "--draft", "gone/"), "gone"), (("x", "--device", "abacus"), "abacus"), (("x", "--no-graphs", "--compile"), "--compile"), (("x", "--file", "gone.txt"), "--file"),
     (("bench", "--prompts", "gone.jsonl"), "gone.jsonl"), (("x", "--calibration", "gone.json"), "gone.json"), (("x", "--max-new-tokens", "0"), "max_new_tokens")])
 def test_a_mistake_gets_one_line(arguments, words):
     done = command(*arguments)

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from calibrate import bandwidth, bytes_read, median_ms  # noqa: E402
 from demo_model import command_line, tool  # noqa: E402
+from kernels import kernels  # noqa: E402
 from model import Linear, Model, ModelConfig, RMSNorm  # noqa: E402
 from tree import DRAFT, Tree  # noqa: E402
 
@@ -85,6 +86,8 @@ def main() -> None:
         config = replace(config, num_hidden_layers=args.layers, moe_layers=tuple(i for i in config.moe_layers if i < args.layers))
     model = random_model(config, getattr(torch, args.dtype), args.device)
     model.compiled = args.compile
+    if args.compile and model.device.type == "cpu":
+        model.kernels = kernels(config, model.cache_dtype)
     times, peaks = curve(model, args.length, [0, 1, 3, 7, 15, 31, 60], args.repeats)
     speed = bandwidth(model.device)
     floor = bytes_read(model) / speed / 1e6
