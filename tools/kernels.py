@@ -8,10 +8,10 @@ before each call whether what it compiled still holds, which takes longer here t
 
 import hashlib
 import platform
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model
-from demo_model import cache_folder
-from model import Kernels, ModelConfig, join, turn
+from demo_model import cache_folder, filled
+from model import Kernels, ModelConfig, gated, join, turn
 
 
 class Read(nn.Module):
@@ -53,8 +53,7 @@ class AddNorm(nn.Module):
 
 class Gate(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
-        gate, up = rows.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return gated(rows)
 
 
 def examples(config: ModelConfig, dtype: torch.dtype) -> dict[str, tuple[nn.Module, tuple[Tensor, ...], tuple[dict | None, ...]]]:
@@ -83,24 +82,17 @@ def build(folder: Path, config: ModelConfig, dtype: torch.dtype) -> None:
     import torch._inductor
     warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")    # torch's own, about its own
     options = {"cpp.threads": 1, "compile_threads": 1}         # a function is done before a second thread has woken up
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="partial-") as temporary:
-        whole = Path(temporary) / "whole"
+    with filled(folder, "gate.pt2") as whole:
         whole.mkdir()
         for name, (function, arguments, vary) in examples(config, dtype).items():
             with torch.no_grad():
                 exported = torch.export.export(function, arguments, dynamic_shapes=vary)
             torch._inductor.aoti_compile_and_package(exported, package_path=str(whole / f"{name}.pt2"), inductor_configs=options)
-        try:
-            whole.rename(folder)
-        except OSError:
-            if not folder.is_dir():                            # not another process that was faster
-                raise
 
 
 def load(folder: Path) -> Kernels:
     from torch._C._aoti import AOTIModelPackageLoader          # what torch._inductor.aoti_load_package wraps, without importing the compiler
-    return Kernels(*(AOTIModelPackageLoader(str(folder / f"{name}.pt2"), "model", True, 1, -1).boxed_run for name in ("read", "add_norm", "gate")))
+    return Kernels(*(AOTIModelPackageLoader(str(folder / f"{field.name}.pt2"), "model", True, 1, -1).boxed_run for field in fields(Kernels)))
 
 
 def kernels(config: ModelConfig, dtype: torch.dtype, say: Callable = print) -> Kernels:
