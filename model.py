@@ -509,33 +509,40 @@ def half_scale(weight: Tensor) -> float:
 class Linear(Part):
     """x @ weight.T without bias. After `pack()` on a CPU it runs on prepacked weights: oneDNN's in bfloat16, about twice as fast at
     n = 1, and nearly as fast at n = 8 as at n = 1; in float32 FBGEMM's where float16 holds the matrix, which is half
-    as much to read, and gives a row the same numbers however many there are; else oneDNN's too. Mixed: both, and x's dtype decides."""
+    as much to read, and gives a row the same numbers however many there are; else oneDNN's too. Mixed: both, and x's dtype decides.
+    `blocks` of tools/kernels.py take FBGEMM's place where bfloat16 holds the matrix, and give the same numbers in half the time."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.inputs, self.packed, self.halves, self.scale = inputs, None, None, 0.0   # halves: the weights as float16, times scale
+        self.blocks: Callable | None = None                                           # a compiled product with the weights
 
-    def pack(self, mixed: bool = False, prompts: bool = True) -> None:
+    def pack(self, mixed: bool = False, prompts: bool = True, compiled: Callable | None = None) -> None:
         """Where that is the faster path: a CPU, in float32 or bfloat16. Inference only. mixed: bfloat16 weights, for x in float32 too.
-        prompts: whether many rows ever come; else mixed packs no weights for them."""
+        prompts: whether many rows ever come; else mixed packs no weights for them. compiled: makes `blocks` of a matrix, or None."""
         weight = self.weight.detach().contiguous()
         if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
             return
-        if (mixed or weight.dtype == torch.float32) and halves_work():
+        exact = mixed or weight.dtype == torch.float32
+        if exact and compiled:
+            self.blocks = compiled(weight)
+        if exact and self.blocks is None and halves_work():
             wide = weight.float()
             self.scale = half_scale(wide)
             if self.scale:
                 self.halves = torch.ops.quantized.linear_prepack_fp16(wide if self.scale == 1 else wide * self.scale, None)
-        if self.halves is None or mixed and prompts:
+        if self.blocks is self.halves is None or mixed and prompts:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
         self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.blocks is not None and x.dtype == torch.float32:
+            return self.blocks(x)
         if self.halves is not None and x.dtype == torch.float32:
             return torch.ops.quantized.linear_dynamic_fp16.default(x if self.scale == 1 else x * (1 / self.scale), self.halves)
         if self.packed is None:
-            return F.linear(x, self.weight) if self.halves is None else self(x.float()).to(x.dtype)
+            return F.linear(x, self.weight) if self.weight is not None else self(x.float()).to(x.dtype)
         if x.dtype != self.packed.dtype:     # mixed, and float16 does not hold the weights
             return self(x.to(self.packed.dtype)).to(x.dtype)
         n = x.shape[-2]
@@ -585,6 +592,12 @@ class RMSNorm(Part):
         if x.dtype == self.weight.dtype and (x.is_cuda or x.dtype in (torch.float32, torch.float64)):
             return F.rms_norm(x, (size,), self.weight, self.eps)
         return torch.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=self.eps).narrow(-1, 0, size) * self.weight
+
+
+def rotary(turns: tuple[Tensor, Tensor], h: int, k: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [b, n, 1, d] -> for all heads [b, n, h + 2k, d]. Values do not turn: 1 and 0 there let one product serve queries, keys and
+    values."""
+    return tuple(F.pad(table.expand(-1, -1, h + k, -1), (0, 0, 0, k), value=value) for table, value in zip(turns, (1.0, 0.0)))
 
 
 def turn(rows: Tensor, rotary: tuple[Tensor, Tensor], h: int, k: int, norms: Sequence[Callable]) -> tuple[Tensor, Tensor]:
@@ -713,7 +726,7 @@ class Kernels:
     """On a CPU: what stands between the matrix products of a layer, for few tokens of one text, as three compiled functions from a list of
     tensors to a list of tensors. `tools/kernels.py` makes them."""
 
-    read: Callable       # rows of qkv_proj, cos, sin, the layer's cache, mask [1, 1, g*n, m], weights of the head norms -> what o_proj takes
+    read: Callable       # rows of qkv_proj, cos and sin [1, n, 1, d], the layer's cache, mask [1, 1, g*n, m], weights of the head norms -> what o_proj takes
     add_norm: Callable   # x, what is added to it, a norm's weight -> the sum and its norm
     gate: Callable       # rows of gate_up_proj -> what down_proj takes
 
@@ -723,7 +736,7 @@ class Kernels:
         return (r <= FEW and type(cache) is KVCache and cache.rows.shape[1] == 1 and cache.rows.dtype == dtype
                 and cache.length + n <= cache.capacity and not by_products(r, cache.capacity, cache.rows.device, dtype))
 
-    def run(self, layers: nn.ModuleList, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: "KVCache", taps: tuple[int, ...]) -> tuple[Tensor, dict]:
+    def run(self, layers: nn.ModuleList, x: Tensor, turns: tuple[Tensor, Tensor], mask: Tensor | None, cache: "KVCache", taps: tuple[int, ...]) -> tuple[Tensor, dict]:
         """What comes out of the last layer [1, n, H], and of those that `taps` names. mask: as `group` makes it; None: one token attends to all.
         An MLP's result is added where the next norm is taken."""
         tapped, added = {}, torch.zeros_like(x)
@@ -733,7 +746,7 @@ class Kernels:
             attention, mlp = layer.self_attn, layer.mlp
             norms = (attention.q_norm.factors, attention.k_norm.factors) if attention.qk_norm else ()
             x, y = self.add_norm([x, added, layer.input_layernorm.factors])
-            y, = self.read([attention.qkv_proj(y), *rotary, cache.layers[layer.index], mask, *norms])
+            y, = self.read([attention.qkv_proj(y), *turns, cache.layers[layer.index], mask, *norms])
             x, y = self.add_norm([x, attention.o_proj(y), layer.post_attention_layernorm.factors])
             y, = self.gate([mlp.gate_up_proj(y)])
             added = mlp.down_proj(y)
@@ -754,6 +767,7 @@ class _Decoder(nn.Module):
     captured = 0                                                                   # graphs made so far
     compiled = False                                                               # whether what graphs run is compiled first
     kernels: Kernels | None = None
+    products: Callable | None = None                                               # what its matrices were packed by, as `load_model` says
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -762,14 +776,15 @@ class _Decoder(nn.Module):
             inverse, self.rope_factor = rope_frequencies(config.rope, config.head_dim)
         self.register_buffer("inverse", inverse, persistent=False)
 
-    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [b, n, h + 2k, d] for positions [b, n], computed in float32. Dimension i turns with i + d/2, the first of the two by
-        -sin; the sign is in the table. Values do not turn: 1 and 0 there let one product serve queries, keys and values."""
+    def turns(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [b, n, 1, d] for positions [b, n], computed in float32. Dimension i turns with i + d/2, the first of the two by -sin;
+        the sign is in the table."""
         angles = (positions[..., None].float() * self.inverse)[:, :, None]
         cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
-        h, k = self.config.num_attention_heads, self.config.num_key_value_heads
-        tables = torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
-        return tuple(F.pad(table.expand(-1, -1, h + k, -1), (0, 0, 0, k), value=value) for table, value in zip(tables, (1.0, 0.0)))
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return rotary(self.turns(positions, dtype), self.config.num_attention_heads, self.config.num_key_value_heads)
 
     def group(self, mask: Tensor | list | None, n: int, cache: KVCache | PackedCache, dtype: torch.dtype) -> Tensor | list | None:
         """A mask [n, w] or [b, n, w] (True = attend; None = causal) as `attention` reads it, made once a forward: [b, 1, g*n, w or
@@ -881,12 +896,12 @@ class Model(_Decoder):
         n, final, tapped = tokens.shape[1], len(self.layers) - 1, {-1: x} if taps else {}
         kernels = self.kernels if self.kernels and self.kernels.fit(self.config, n, cache, x.dtype) else None
         alone = final if last_only and mask is None and final not in taps else None   # the layer that only the last token goes through
-        rotary = fused(_Decoder.rotary, cache)(self, positions, x.dtype)
         mask = fused(_Decoder.group, cache)(self, mask, n, cache, x.dtype)
         if kernels:
-            x, found = kernels.run(self.layers, x, rotary, mask, cache, taps)
+            x, found = kernels.run(self.layers, x, self.turns(positions, x.dtype), mask, cache, taps)
             tapped |= found
         else:
+            rotary = fused(_Decoder.rotary, cache)(self, positions, x.dtype)
             for layer in self.layers:
                 x = layer(x, rotary, mask, cache, layer.index == alone)
                 if layer.index in taps:
@@ -1004,12 +1019,12 @@ def _read_tensor(path: Path, name: str) -> Tensor:
 
 
 def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple]], dtype, device, optional=(), pack: bool = False,
-          mixed: bool = False, tied: bool = False) -> None:
+          mixed: bool = False, tied: bool = False, compiled: Callable | None = None) -> None:
     """Give every parameter of a meta-device `module` its tensor. `parts` maps a parameter to the tensors of the checkpoint,
     with their shapes, that are stacked to make it. A missing, extra or misshapen tensor is an error that names it. With `pack`,
     matrices are packed beside the reading, so that no more of them than there are threads, and one, are in memory twice. tied: `lm_head` takes
     the embeddings."""
-    module.mixed, used, packing, threads = mixed, set(optional), set(), torch.get_num_threads()
+    module.mixed, module.products, used, packing, threads = mixed, compiled, set(optional), set(), torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
         for name, value in module.state_dict().items():
             pieces = []
@@ -1029,8 +1044,10 @@ def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple
             owner.load_state_dict({own: pieces[0] if len(pieces) == 1 else torch.cat(pieces).view(value.shape)}, strict=False, assign=True)
             if tied and name == "embed_tokens.weight":
                 module.lm_head.weight, name, owner = owner.weight, "lm_head.weight", module.lm_head
-            if pack and isinstance(owner, (Linear, RMSNorm)):
-                packing.add(pool.submit(owner.pack, mixed, **({"prompts": False} if name == "lm_head.weight" else {})))
+            if pack and isinstance(owner, RMSNorm):
+                packing.add(pool.submit(owner.pack, mixed))
+            elif pack and isinstance(owner, Linear):
+                packing.add(pool.submit(owner.pack, mixed, name != "lm_head.weight", compiled))
             if len(packing) > threads:
                 done, packing = wait(packing, return_when=FIRST_COMPLETED)
                 [each.result() for each in done]
@@ -1080,12 +1097,12 @@ def unstacked(module: nn.Module, parts: dict[str, dict[str, tuple]], dtype: torc
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu",
-               pack: bool = True, mixed: bool = False) -> Model:
+               pack: bool = True, mixed: bool = False, products: Callable | None = None) -> Model:
     """Load a target from a local folder holding config.json and safetensors.
 
     pack: prepack its matrices, on a CPU. mixed: do so twice, for a dense model in bfloat16 on an x86 CPU, so that prompts run in bfloat16 and all
-    else, caches too, in float32: a small model decodes faster, and as exactly as in float32. Raises ValueError where it cannot be mixed,
-    CheckpointError on an unknown architecture or field and on any missing, extra or misshapen tensor.
+    else, caches too, in float32: a small model decodes faster, and as exactly as in float32. products: what makes compiled
+    products of matrices (`products` in tools/kernels.py) for float32 and mixed precision; what drafts for the model takes it over. Raises ValueError where it cannot be mixed, CheckpointError on an unknown architecture or field and on any missing, extra or misshapen tensor.
     """
     folder = Path(folder)
     if torch.device(device).type == "cuda":
@@ -1105,7 +1122,7 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, devic
     parts = checkpoint_layout(model)
     if config.tie_word_embeddings:
         model.lm_head.weight = None                    # not read a second time
-    _fill(model, tensors, parts, dtype, device, optional, pack, mixed, config.tie_word_embeddings)
+    _fill(model, tensors, parts, dtype, device, optional, pack, mixed, config.tie_word_embeddings, products)
     return model
 
 
@@ -1149,7 +1166,7 @@ def load_eagle3(folder: str | Path, target: Model, *, pack: bool = True) -> Eagl
             raise CheckpointError(f"{tensors.where}: tensor 'd2t' is missing; expected shape [{config.draft_vocab_size}]")
         del head.d2t
     _fill(head, tensors, _stacked(config, "", "", 2 * config.hidden_size, config.intermediate_size), target.dtype, target.device,
-          {"t2d", *(name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq"))}, pack, target.mixed)
+          {"t2d", *(name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq"))}, pack, target.mixed, compiled=target.products)
     if shared:
         head.embed_tokens = target.embed_tokens
     if not hasattr(head, "d2t"):
@@ -1176,6 +1193,6 @@ def load_draft(folder: str | Path, target: Model) -> Eagle3 | Model:
     config, want = ModelConfig.read(Path(folder)), target.config.vocab_size
     if config.vocab_size != want:
         raise CheckpointError(f"{path}: field 'vocab_size' is {config.vocab_size}, but the target's is {want}: a draft model needs the target's vocabulary")
-    draft = load_model(folder, dtype=target.dtype, device=target.device, mixed=target.mixed and mixes(config, target.device))
+    draft = load_model(folder, dtype=target.dtype, device=target.device, mixed=target.mixed and mixes(config, target.device), products=target.products)
     draft.graphs, draft.compiled = target.graphs, target.compiled
     return draft

@@ -30,7 +30,7 @@ import torch  # noqa: E402
 sys.path += [str(Path(__file__).resolve().parent / folder) for folder in ("tools", "variants")]
 from demo_model import command_line, demo_model  # noqa: E402
 from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, Stats, run_rounds  # noqa: E402
-from kernels import kernels  # noqa: E402
+from kernels import kernels, products  # noqa: E402
 from model import CheckpointError, Model, fetch_checkpoint, load_draft, load_model, read_json  # noqa: E402
 from render_template import render_template  # noqa: E402
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, whole  # noqa: E402
@@ -288,7 +288,8 @@ def set_up(args) -> Setup:
     text = Text(folder)
     if args.compile and (device.type not in ("cpu", "cuda") or args.no_graphs):
         raise ValueError("--compile is for a CPU, or for a GPU with graphs; leave it out")
-    model = load_model(folder, dtype=dtype, device=device, mixed=mixed)
+    exact = device.type == "cpu" and (mixed or dtype == torch.float32)
+    model = load_model(folder, dtype=dtype, device=device, mixed=mixed, products=products() if args.compile and exact else None)
     model.graphs, model.compiled = False if args.no_graphs else None, args.compile       # what drafts for it follows
     if args.compile and device.type == "cuda":
         say("Compiling as forwards come: half a minute, less once torch has kept some of it ...")

@@ -1400,16 +1400,63 @@ def test_what_compiled_functions_cannot_do_is_done_without_them():
             twin(tokens[:1], torch.arange(3)[None], twin.new_cache(2))
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+COMPILER = os.environ.get("CXX", "g++")
+needs_compiler = pytest.mark.skipif(not shutil.which(COMPILER), reason="no C++ compiler")
+narrower = pytest.param(f"{COMPILER} -mno-avx512f", marks=pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="no AVX512 to leave out"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("compiler", [COMPILER, narrower])
+def test_a_compiled_product_is_the_product(compiler, tmp_path_factory, monkeypatch):
+    """For all that bfloat16 holds, small and large; and a row's is the same alone as among others."""
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("CXX", compiler)
+    compiled = kernels.products()
+    block = compiled(torch.zeros(96, 1)).block
+
+    @given(st.integers(1, 5), st.integers(1, 70), st.integers(0, 40), st.integers(-100, 100), st.integers(1, 3), st.sampled_from((torch.float32, torch.bfloat16)), st.integers(0, 2**31))
+    def check(count, inputs, rows, exponent, threads, dtype, seed):
+        generator = torch.Generator().manual_seed(seed)
+        weight = (torch.randn(count * block, inputs, generator=generator) * 2.0**exponent).bfloat16().to(dtype)
+        x = torch.randn(rows, 2, inputs, generator=generator).transpose(0, 1)              # not contiguous
+        linear = Linear(inputs, count * block)
+        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+        linear.pack(mixed=dtype == torch.bfloat16, prompts=False, compiled=compiled)
+        assert linear.blocks and linear.halves is linear.packed is linear.weight is None
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            found = linear(x)
+        finally:
+            torch.set_num_threads(before)
+        exact, bound = x.double() @ weight.double().T, x.abs().double() @ weight.abs().double().T
+        assert found.shape == (2, rows, count * block) and ((found - exact).abs() <= inputs * 2**-23 * bound).all()
+        assert all(torch.equal(linear(x[:, i:i + 1]), found[:, i:i + 1]) for i in range(rows))
+
+    check()
+    assert compiled(torch.zeros(block + 1, 4)) is compiled(torch.full((block, 4), 1 / 3)) is compiled(torch.full((block, 1), math.nan)) is None
+    for wrong in (torch.zeros(1, 3), torch.zeros(1, 1, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="rows of 1 in float32"):
+            compiled(torch.zeros(block, 1))(wrong)
+    damaged = tmp_path_factory.mktemp("damaged") / next(Path(os.environ["GRAFT_CACHE"]).iterdir()).name
+    damaged.mkdir()
+    (damaged / "product.so").write_bytes(b"damaged")
+    monkeypatch.setenv("GRAFT_CACHE", str(damaged.parent))
+    with pytest.raises(ValueError, match="delete that folder"):
+        kernels.products()
+
+
+@needs_compiler
 @needs_halves
 def test_compiled_functions_decode_as_the_layers_do_and_are_compiled_once(tmp_path, monkeypatch):
     """In float32 and mixed precision, at every length: what is compiled asks for no size."""
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
-    said, folder = [], mixed_target(tmp_path, architecture="Qwen3ForCausalLM", qk_norm=True)
+    said, folder, products = [], mixed_target(tmp_path, architecture="Qwen3ForCausalLM", qk_norm=True), kernels.products()
     (tmp_path / "head").mkdir()
-    save_head(tmp_path / "head", tiny_head(tiny(hidden_size=64, intermediate_size=96, head_dim=16)), max_position_embeddings=128)
+    save_head(tmp_path / "head", tiny_head(tiny(hidden_size=64, intermediate_size=96, head_dim=16)).bfloat16(), max_position_embeddings=128)
     for mixed in (False, True):
-        target, plain = (load_model(folder, dtype=torch.bfloat16 if mixed else torch.float32, mixed=mixed) for _ in range(2))
+        target, plain = (load_model(folder, dtype=torch.bfloat16 if mixed else torch.float32, mixed=mixed, products=made) for made in (products, None))
+        assert target.layers[0].mlp.gate_up_proj.blocks and not plain.layers[0].mlp.gate_up_proj.blocks
         target.kernels = kernels.kernels(target.config, target.cache_dtype, said.append)
         with torch.inference_mode():
             for n, length, capacity in itertools.product((1, 2, 3, 8, 16), (0, 1, 7, 500), (516, 1024, 1536)):
@@ -1422,11 +1469,12 @@ def test_compiled_functions_decode_as_the_layers_do_and_are_compiled_once(tmp_pa
                 torch.testing.assert_close(logits, expected, atol=2e-4, rtol=2e-4)
                 torch.testing.assert_close(caches[0].rows, caches[1].rows, atol=2e-4, rtol=2e-4)
         head = load_eagle3(tmp_path / "head", target)
+        assert head.mlp.gate_up_proj.blocks
         for method in METHODS:
             config = GraftConfig(method=method, max_new_tokens=60, budget=20, depth=2, draft_top_k=4)
             assert collect(target, [5, 6, 7], config, state=State(target, EagleDrafter(head)))[0] == collect(plain, [5, 6, 7], replace(config, method="ar"))[0]
     assert len(said) == 2 and "ompil" in said[0]
-    compiled, = (tmp_path / "cache").iterdir()
+    compiled, = (tmp_path / "cache").glob("kernels-*")
     assert sorted(file.name for file in compiled.iterdir()) == ["add_norm.pt2", "gate.pt2", "read.pt2"]
     (compiled / "gate.pt2").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="delete that folder"):
@@ -1440,6 +1488,10 @@ def test_what_cannot_be_compiled_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "examples", lambda *_: {"read": (torch.nn.Linear(2, 2), (torch.zeros(3),), None)})
     with pytest.raises(ValueError, match="C[+][+] compiler"):
         kernels.kernels(MODEL.config, torch.float32, lambda words: None)
+    for compiler in ("gone", "false"):
+        monkeypatch.setenv("CXX", compiler)
+        with pytest.raises(ValueError, match=f"C[+][+] compiler, and '{compiler}' failed"):
+            kernels.products()
     assert not list(tmp_path.iterdir())
 
 

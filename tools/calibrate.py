@@ -123,7 +123,8 @@ def bandwidth(device) -> float:
 
 def bytes_read(model) -> float:
     """Of weights by a forward of one row: all but the embeddings and, of a mixture, the experts that it does not choose."""
-    c, size = model.config, 2 if model.lm_head.scale else model.norm.weight.element_size()      # scale: float32, packed as float16
+    c, head = model.config, model.lm_head
+    size = 2 if head.scale or head.blocks else model.norm.weight.element_size()                 # float32, packed in 16 bits
     with torch.device("meta"):
         tensors = dict(Model(c).named_parameters())
     idle = 1 - c.num_experts_per_tok / c.num_experts if c.num_experts else 0.0

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from calibrate import bandwidth, bytes_read, median_ms  # noqa: E402
 from demo_model import command_line, tool  # noqa: E402
-from kernels import kernels  # noqa: E402
+from kernels import kernels, products  # noqa: E402
 from model import Linear, Model, ModelConfig, RMSNorm  # noqa: E402
 from tree import DRAFT, Tree  # noqa: E402
 
@@ -33,7 +33,7 @@ SHAPES = {
 }
 
 
-def random_model(config: ModelConfig, dtype: torch.dtype, device) -> Model:
+def random_model(config: ModelConfig, dtype: torch.dtype, device, compiled=None) -> Model:
     with torch.device("meta"):
         model = Model(config)
     model = model.to(dtype).to_empty(device=device).requires_grad_(False)
@@ -41,8 +41,10 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device) -> Model:
         value.copy_(value.normal_(std=0.02).bfloat16()) if "norm" not in name else value.fill_(1.0)      # as checkpoints are stored
     model.inverse.copy_(config.rope["rope_theta"] ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim))
     for module in model.modules():
-        if isinstance(module, (Linear, RMSNorm)):
+        if isinstance(module, RMSNorm):
             module.pack()
+        elif isinstance(module, Linear):
+            module.pack(compiled=compiled)
     return model
 
 
@@ -84,9 +86,10 @@ def main() -> None:
         torch.cuda.set_device(args.device)
     if args.layers:
         config = replace(config, num_hidden_layers=args.layers, moe_layers=tuple(i for i in config.moe_layers if i < args.layers))
-    model = random_model(config, getattr(torch, args.dtype), args.device)
+    cpu = args.compile and torch.device(args.device).type == "cpu"
+    model = random_model(config, getattr(torch, args.dtype), args.device, products() if cpu and args.dtype == "float32" else None)
     model.compiled = args.compile
-    if args.compile and model.device.type == "cpu":
+    if cpu:
         model.kernels = kernels(config, model.cache_dtype)
     times, peaks = curve(model, args.length, [0, 1, 3, 7, 15, 31, 60], args.repeats)
     speed = bandwidth(model.device)
