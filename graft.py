@@ -45,7 +45,7 @@ METHODS = {
     "graft_unpruned": Method(draft=True, retrieve=True),                            # ablation: no pruning, grafts anywhere
     "graft_tail": Method(draft=True, prune=True, retrieve=True, anchors="leaves"),  # ablation: grafts only extend the draft
 }
-CHUNK = 128        # of a row of logits, where a GPU looks for its likeliest
+CHUNK = 128        # of a row of logits, where the likeliest are looked for first
 UNPRUNED = 2 / 3   # the budget's share that the draft keeps where nothing is pruned; the rest is for retrieval (the paper's 40 of 60)
 
 
@@ -244,7 +244,14 @@ def mix(numbers: Tensor) -> Tensor:
 
 def likeliest(logits: Tensor) -> list[int]:
     """argmax of each row [n, V]. Raises ValueError where damaged weights, or a dtype too narrow for the model, left no number."""
-    best, picks = (each.tolist() for each in logits.max(-1))                           # in bfloat16 four times as fast as argmax
+    n, v = logits.shape
+    if logits.is_cuda or v % CHUNK:
+        best, picks = logits.max(-1)                                                   # in bfloat16 four times as fast as argmax
+    else:                                                                              # a CPU is slow to say where in a long row
+        chunks = logits.view(n, -1, CHUNK)
+        best, chunk = chunks.amax(-1).max(-1)
+        picks = chunk * CHUNK + chunks[torch.arange(n), chunk].max(-1).indices
+    best, picks = best.tolist(), picks.tolist()
     if not all(map(math.isfinite, best)):
         raise ValueError(f"the model's logits are not finite in {logits.dtype}: damaged weights, or weights for a wider dtype")
     return picks

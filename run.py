@@ -297,7 +297,7 @@ def set_up(args) -> Setup:
     own = OWN_DRAFT & {*(getattr(args, "methods", None) or "").split(","), getattr(args, "method", None)}
     draft = not own and args.draft or (str(DEMO_HEAD) if not args.model and DEMO_HEAD.is_dir() else None)
     head = load_draft(fetch_checkpoint(draft), model) if draft else None
-    for network in (model, head) if args.compile and device.type == "cpu" else ():       # an EAGLE-3 head's one layer gains nothing
+    for network in (model, head) if args.compile and device.type == "cpu" else ():       # an EAGLE-3 head's one layer gains next to nothing
         if isinstance(network, Model):
             network.kernels = kernels(network.config, network.cache_dtype, say)
     if isinstance(head, Model) and args.draft_window:
@@ -312,7 +312,7 @@ def set_up(args) -> Setup:
     config = GraftConfig(max_new_tokens=args.max_new_tokens, seed=args.seed, temperature=args.temperature, top_k=args.top_k,
                          top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty,
                          budget=args.budget or (CPU_BUDGET if device.type == "cpu" else GPU_BUDGET))
-    path = CALIBRATION / f"smollm2-135m-instruct-{device.type}-{model.precision}.json" if not args.model else None
+    path = calibration(model) if not args.model else None
     path = Path(args.calibration) if args.calibration else path
     tuned = read_calibration(path) if path and (args.calibration or path.exists()) else {}
     for fields in tuned.values() if args.budget else ():
@@ -325,6 +325,11 @@ def set_up(args) -> Setup:
     warm = DEMO_STORE if not args.model and not args.cold and DEMO_STORE.exists() else None
     return Setup(model, head, text, method, config, chat, args.system, corpus, tuned, folder, args.draft_window,
                  Path(args.store) if args.store else None, warm, args.draft)
+
+
+def calibration(model: Model, name: str = "smollm2-135m-instruct") -> Path:
+    """Where the settings are kept that were calibrated for a model of this name. With compiled products nodes are cheaper."""
+    return CALIBRATION / f"{name}-{model.device.type}-{'compiled' if model.products else model.precision}.json"
 
 
 def read_calibration(path: Path) -> dict:

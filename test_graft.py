@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 import run
 import kernels  # in tools/, which run.py puts on the path
 import train_eagle3  # so is this
-from graft import METHODS, Beam, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, generate, generate_batch, run_rounds
+from graft import CHUNK, METHODS, Beam, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, generate, generate_batch, likeliest, run_rounds
 from model import (MLP, CheckpointError, Eagle3, Kernels, KVCache, Linear, Model, ModelConfig, MoE, RMSNorm, attention, checkpoint_layout, half_scale, halves_work,
                    load_eagle3, load_model, mixes, unstacked)
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, template
@@ -929,6 +929,18 @@ def test_noise_is_a_hash_of_seed_position_and_token(seed, position, depth, token
     assert sampler.noise(torch.tensor(tokens), depth).tolist() == pytest.approx(expected, rel=1e-12)
     assert sampler.noise(torch.tensor(tokens), torch.full((len(tokens),), depth)).tolist() == pytest.approx(expected, rel=1e-12)
     assert sampler.row(depth).tolist() == pytest.approx([gumbel(seed, position + depth, token) for token in range(5)], rel=1e-12)
+
+
+@given(st.integers(1, 5), st.sampled_from((5, CHUNK, 3 * CHUNK)), st.sampled_from((torch.float64, torch.float32, torch.bfloat16)), st.randoms(use_true_random=False))
+def test_of_the_likeliest_the_first_is_picked(n, vocab, dtype, rng):
+    """Where others are as likely, in the same chunk or another; and where a number is missing, none is."""
+    rows = [[rng.choice((-math.inf, -2.0, 1.5, 1.5)) for _ in range(vocab)] for _ in range(n)]
+    for row in rows:
+        row[rng.randrange(vocab)] = 1.5
+    assert likeliest(torch.tensor(rows, dtype=dtype)) == [row.index(1.5) for row in rows]
+    rows[rng.randrange(n)][rng.randrange(vocab)] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        likeliest(torch.tensor(rows, dtype=dtype))
 
 
 def test_noise_is_gumbel_and_independent():

@@ -8,7 +8,7 @@
 #include <cstring>
 
 #ifdef __AVX512F__
-constexpr int64_t LANES = 16, ROWS = 12;       // floats in a register; rows, twice of which are sums in 32 registers
+constexpr int64_t LANES = 16, ROWS = 14;       // floats in a register; rows, twice of which are sums in 32 registers
 #else
 constexpr int64_t LANES = 8, ROWS = 6;         // 16 registers
 #endif
