@@ -27,6 +27,8 @@ import model
 from demo_model import cache_folder, filled
 from model import Kernels, ModelConfig, gated, join, rotary, turn
 
+THREADS = min(2, torch.get_num_threads())   # of what stands between the products: a second one is awake from those, more have too little to do
+
 
 class Read(nn.Module):
     def __init__(self, config: ModelConfig):
@@ -84,7 +86,7 @@ def build(folder: Path, config: ModelConfig, dtype: torch.dtype) -> None:
     """Compile the functions into a folder, which is there once they all are."""
     import torch._inductor
     warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")    # torch's own, about its own
-    options = {"cpp.threads": 1, "compile_threads": 1}         # a function is done before a second thread has woken up
+    options = {"cpp.threads": THREADS, "compile_threads": 1}
     with filled(folder, "gate.pt2") as whole:
         whole.mkdir()
         for name, (function, arguments, vary) in examples(config, dtype).items():
@@ -103,7 +105,7 @@ def kernels(config: ModelConfig, dtype: torch.dtype, say: Callable = print) -> K
     if config.moe_layers:
         raise ValueError("--compile on a CPU takes a dense model, and this one is a mixture of experts; leave it out")
     shapes = [getattr(config, name) for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps", "qk_norm")]
-    folder = place("kernels", [__file__, model.__file__], shapes, dtype)
+    folder = place("kernels", [__file__, model.__file__], shapes, dtype, THREADS)
     if not folder.is_dir():
         begin = time.perf_counter()
         say("Compiling for this model's shapes, once on this machine: a minute or less ...")
