@@ -1,9 +1,10 @@
 """On a CPU: compile a layer's matrix products and what stands between them; `run.py --compile` does it there.
 
-The products of a few rows with weights that come from memory are the C++ of `product.cpp`, which is compiled in a second. Between them a small model's step is thirty small operations a layer, and torch takes as long to dispatch one as to compute it. torch.export and
+The products of a few rows with weights that come from memory are the C++ of `product.cpp`, which is compiled in a second. Between them a
+small model's step is thirty small operations a layer, and torch takes as long to dispatch one as to compute it. torch.export and
 AOTInductor make three functions of them, for any number of tokens and any length of text, in some ten seconds each and once for a model's
-shapes, dtype and machine: they are kept in Graft's cache folder. They are called as AOTInductor's loader offers them: torch.compile looks
-before each call whether what it compiled still holds, which takes longer here than the call. A C++ compiler is needed.
+shapes, dtype and machine. They are called as AOTInductor's loader offers them: torch.compile looks before each call whether what it
+compiled still holds, which takes longer here than the call. Both are kept in Graft's cache folder; a C++ compiler is needed.
 """
 
 import ctypes
