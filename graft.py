@@ -245,7 +245,7 @@ def mix(numbers: Tensor) -> Tensor:
 def likeliest(logits: Tensor) -> list[int]:
     """argmax of each row [n, V]. Raises ValueError where damaged weights, or a dtype too narrow for the model, left no number."""
     n, v = logits.shape
-    if logits.is_cuda or v % CHUNK:
+    if logits.device.type != "cpu" or v % CHUNK:
         best, picks = logits.max(-1)                                                   # in bfloat16 four times as fast as argmax
     else:                                                                              # a CPU is slow to say where in a long row
         chunks = logits.view(n, -1, CHUNK)

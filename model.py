@@ -518,15 +518,15 @@ class Linear(Part):
         self.inputs, self.packed, self.halves, self.scale = inputs, None, None, 0.0   # halves: the weights as float16, times scale
         self.blocks: Callable | None = None                                           # a compiled product with the weights
 
-    def pack(self, mixed: bool = False, prompts: bool = True, compiled: Callable | None = None) -> None:
+    def pack(self, mixed: bool = False, prompts: bool = True, products: Callable | None = None) -> None:
         """Where that is the faster path: a CPU, in float32 or bfloat16. Inference only. mixed: bfloat16 weights, for x in float32 too.
-        prompts: whether many rows ever come; else mixed packs no weights for them. compiled: makes `blocks` of a matrix, or None."""
+        prompts: whether many rows ever come; else mixed packs no weights for them. products: makes `blocks` of a matrix, or None."""
         weight = self.weight.detach().contiguous()
         if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
             return
         exact = mixed or weight.dtype == torch.float32
-        if exact and compiled:
-            self.blocks = compiled(weight)
+        if exact and products:
+            self.blocks = products(weight)
         if exact and self.blocks is None and halves_work():
             wide = weight.float()
             self.scale = half_scale(wide)
@@ -1019,12 +1019,12 @@ def _read_tensor(path: Path, name: str) -> Tensor:
 
 
 def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple]], dtype, device, optional=(), pack: bool = False,
-          mixed: bool = False, tied: bool = False, compiled: Callable | None = None) -> None:
+          mixed: bool = False, tied: bool = False, products: Callable | None = None) -> None:
     """Give every parameter of a meta-device `module` its tensor. `parts` maps a parameter to the tensors of the checkpoint,
     with their shapes, that are stacked to make it. A missing, extra or misshapen tensor is an error that names it. With `pack`,
     matrices are packed beside the reading, so that no more of them than there are threads, and one, are in memory twice. tied: `lm_head` takes
     the embeddings."""
-    module.mixed, module.products, used, packing, threads = mixed, compiled, set(optional), set(), torch.get_num_threads()
+    module.mixed, module.products, used, packing, threads = mixed, products, set(optional), set(), torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
         for name, value in module.state_dict().items():
             pieces = []
@@ -1047,7 +1047,7 @@ def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple
             if pack and isinstance(owner, RMSNorm):
                 packing.add(pool.submit(owner.pack, mixed))
             elif pack and isinstance(owner, Linear):
-                packing.add(pool.submit(owner.pack, mixed, name != "lm_head.weight", compiled))
+                packing.add(pool.submit(owner.pack, mixed, name != "lm_head.weight", products))
             if len(packing) > threads:
                 done, packing = wait(packing, return_when=FIRST_COMPLETED)
                 [each.result() for each in done]
@@ -1167,7 +1167,7 @@ def load_eagle3(folder: str | Path, target: Model, *, pack: bool = True) -> Eagl
             raise CheckpointError(f"{tensors.where}: tensor 'd2t' is missing; expected shape [{config.draft_vocab_size}]")
         del head.d2t
     _fill(head, tensors, _stacked(config, "", "", 2 * config.hidden_size, config.intermediate_size), target.dtype, target.device,
-          {"t2d", *(name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq"))}, pack, target.mixed, compiled=target.products)
+          {"t2d", *(name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq"))}, pack, target.mixed, products=target.products)
     if shared:
         head.embed_tokens = target.embed_tokens
     if not hasattr(head, "d2t"):

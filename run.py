@@ -327,8 +327,9 @@ def set_up(args) -> Setup:
                  Path(args.store) if args.store else None, warm, args.draft)
 
 
-def calibration(model: Model, name: str = "smollm2-135m-instruct") -> Path:
-    """Where the settings are kept that were calibrated for a model of this name. With compiled products nodes are cheaper."""
+def calibration(model: Model, checkpoint: str | None = None) -> Path:
+    """Where the settings are kept that were calibrated for a checkpoint; None: the demo model. With compiled products nodes are cheaper."""
+    name = Path(checkpoint).name if checkpoint else "smollm2-135m-instruct"
     return CALIBRATION / f"{name}-{model.device.type}-{'compiled' if model.products else model.precision}.json"
 
 

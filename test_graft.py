@@ -1433,7 +1433,7 @@ def test_a_compiled_product_is_the_product(compiler, tmp_path_factory, monkeypat
         x = torch.randn(rows, 2, inputs, generator=generator).transpose(0, 1)              # not contiguous
         linear = Linear(inputs, count * block)
         linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-        linear.pack(mixed=dtype == torch.bfloat16, prompts=False, compiled=compiled)
+        linear.pack(mixed=dtype == torch.bfloat16, prompts=False, products=compiled)
         assert linear.blocks and linear.halves is linear.packed is linear.weight is None
         before = torch.get_num_threads()
         torch.set_num_threads(threads)

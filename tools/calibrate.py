@@ -366,7 +366,7 @@ def main() -> None:
         entry["predicted"]["speedup"] = entry["predicted"]["tokens_per_second"] / plain["tokens_per_second"]
         entry["predicted"] = {key: round(value, 3) for key, value in entry["predicted"].items()}
         print(name, entry["predicted"], {k: v for k, v in entry.get("config", {}).items() if k != "verify_cost"})
-    out = Path(args.out) if args.out else run.calibration(setup.model, *([Path(args.model).name] if args.model else []))
+    out = Path(args.out) if args.out else run.calibration(setup.model, args.model)
     out.parent.mkdir(parents=True, exist_ok=True)
     report = {"command": command_line("tools/calibrate.py"),
               "environment": run.environment(setup), "positions": positions, "plain_tokens_per_second": round(plain["tokens_per_second"], 2),

@@ -101,6 +101,14 @@ def load(folder: Path) -> Kernels:
     return Kernels(*(AOTIModelPackageLoader(str(folder / f"{field.name}.pt2"), "model", True, 1, -1).boxed_run for field in fields(Kernels)))
 
 
+def loaded(load: Callable, folder: Path):
+    """What `load` makes of a folder of compiled code. Raises ValueError where it is damaged."""
+    try:
+        return load(folder)
+    except (RuntimeError, OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder}: not what --compile put there; delete that folder ({str(error).splitlines()[0]:.100})") from None
+
+
 def kernels(config: ModelConfig, dtype: torch.dtype, say: Callable = print) -> Kernels:
     """The functions of a network, compiled where no earlier run did. dtype: of decoding. Raises ValueError where they cannot be had."""
     if config.moe_layers:
@@ -115,20 +123,17 @@ def kernels(config: ModelConfig, dtype: torch.dtype, say: Callable = print) -> K
         except Exception as error:  # theirs are of many kinds
             raise ValueError(f"--compile needs torch's AOTInductor and a C++ compiler, which failed here: {' '.join(str(error).split())[:200]}") from None
         say(f"... compiled in {time.perf_counter() - begin:.0f} s")
-    try:
-        return load(folder)
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: not what --compile put there; delete that folder ({str(error).splitlines()[0]:.100})") from None
+    return loaded(load, folder)
 
 
 # ----------------------------------------------------------------------------------------------------------- products
 
 class Blocks:
-    """x @ weight.T in float32 by tools/product.cpp, for a matrix [outputs, inputs] that bfloat16 holds, `outputs` being a multiple of the block."""
+    """x @ weight.T in float32 by tools/product.cpp, for a matrix [outputs, inputs] in bfloat16, `outputs` being a multiple of the block."""
 
     def __init__(self, run: Callable, block: int, weight: Tensor):
         self.outputs, self.inputs = weight.shape
-        self.weight = weight.bfloat16().view(-1, 2, block // 2, self.inputs).permute(0, 3, 2, 1).contiguous()
+        self.weight = weight.view(-1, 2, block // 2, self.inputs).permute(0, 3, 2, 1).contiguous()
         self.run, self.block, self.pointer = run, block, self.weight.data_ptr()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -142,14 +147,15 @@ class Blocks:
         return out
 
 
-def load_products(library: Path) -> Callable:
-    code = ctypes.CDLL(str(library))
+def load_products(folder: Path) -> Callable:
+    code = ctypes.CDLL(str(folder / "product.so"))
     run, block = code.product, ctypes.c_int64.in_dll(code, "block_size").value
     run.argtypes, run.restype = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4, None
 
     def blocks(weight: Tensor) -> Blocks | None:
-        fits = len(weight) % block == 0 and all(torch.equal(part.bfloat16().to(part.dtype), part) for part in weight.split(4096))
-        return Blocks(run, block, weight) if fits else None
+        narrow = weight.bfloat16()
+        same = (torch.equal(part.to(weight.dtype), other) for part, other in zip(narrow.split(4096), weight.split(4096)))
+        return Blocks(run, block, narrow) if len(weight) % block == 0 and all(same) else None
 
     return blocks
 
@@ -168,7 +174,4 @@ def products() -> Callable:
             except (OSError, subprocess.CalledProcessError) as error:
                 said = getattr(error, "stderr", "") or str(error)
                 raise ValueError(f"--compile needs a C++ compiler, and {compiler!r} failed here: {' '.join(said.split())[:200]}") from None
-    try:
-        return load_products(folder / "product.so")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder}: not what --compile put there; delete that folder ({str(error).splitlines()[0]:.100})") from None
+    return loaded(load_products, folder)

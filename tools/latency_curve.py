@@ -33,7 +33,7 @@ SHAPES = {
 }
 
 
-def random_model(config: ModelConfig, dtype: torch.dtype, device, compiled=None) -> Model:
+def random_model(config: ModelConfig, dtype: torch.dtype, device, blocks=None) -> Model:
     with torch.device("meta"):
         model = Model(config)
     model = model.to(dtype).to_empty(device=device).requires_grad_(False)
@@ -44,7 +44,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device, compiled=None)
         if isinstance(module, RMSNorm):
             module.pack()
         elif isinstance(module, Linear):
-            module.pack(compiled=compiled)
+            module.pack(products=blocks)
     return model
 
 

@@ -2,7 +2,8 @@
 //
 // A few rows x of a small model wait for W to arrive from memory, and a CPU's own prefetching stops at each page: here W is asked for
 // AHEAD words early. It comes as words [outputs / BLOCK][inputs][LANES], the weights of an output in their low halves and of the LANES-th
-// after it in their high ones, so that it is read from front to back, once for up to ROWS rows of x, whose sums stay in registers. Each sum is taken over the inputs in order, so a row's result does not depend on how many there are.
+// after it in their high ones, so that it is read from front to back, once for up to ROWS rows of x, whose sums stay in registers. Each sum
+// is taken over the inputs in order, so a row's result does not depend on how many there are.
 
 #include <cstdint>
 #include <cstring>
