@@ -385,6 +385,9 @@ class StaticCache:
         dtype = torch.promote_types(dtype, torch.float32) if allowed.is_cuda else dtype
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
 
+    def write(self, layer: int, rows: Tensor) -> None:
+        self.layers[layer].index_copy_(2, self.index, rows)
+
     def attend(self, layer: int, queries: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
         return attend_static(self.layers[layer], self.index, queries, rows, mask)
 
@@ -737,11 +740,12 @@ class Kernels:
                 and cache.length + n <= cache.capacity and not by_products(r, cache.capacity, cache.rows.device, dtype))
 
     def run(self, layers: nn.ModuleList, x: Tensor, turns: tuple[Tensor, Tensor], mask: Tensor | None, cache: "KVCache", taps: tuple[int, ...]) -> tuple[Tensor, dict]:
-        """What comes out of the last layer [1, n, H], and of those that `taps` names. mask: as `group` makes it; None: one token attends to all.
+        """What comes out of the last layer [1, n, H], and of those that `taps` names. mask: as `group` makes it; None: all attend to all.
         An MLP's result is added where the next norm is taken."""
         tapped, added = {}, torch.zeros_like(x)
         if mask is None:
-            mask = x.new_zeros(1, 1, layers[0].self_attn.h // layers[0].self_attn.k, cache.length + 1)
+            n, attention = x.shape[1], layers[0].self_attn
+            mask = x.new_zeros(1, 1, attention.h // attention.k * n, cache.length + n)
         for layer in layers:
             attention, mlp = layer.self_attn, layer.mlp
             norms = (attention.q_norm.factors, attention.k_norm.factors) if attention.qk_norm else ()

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "variants")]
+import test_dflash as blocks  # noqa: E402
 import test_graft as base  # noqa: E402
 from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, State, generate_batch  # noqa: E402
 from model import KVCache, MoE, RMSNorm  # noqa: E402
@@ -98,6 +99,23 @@ def test_other_drafters_say_what_the_cpu_says(drafter):
     own = ModelDrafter(small) if drafter == "model" else EagleDrafter(head, window=5)
     for prompt in PROMPTS:
         assert say(gpu, own, prompt, method="graft") == say(cpu, None, prompt, method="ar")
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("method", blocks.METHODS)
+def test_blocks_are_those_of_the_cpu_and_say_what_it_says(method, graphs):
+    cpu, gpu, net = copy.deepcopy(TARGET).float(), there(TARGET, graphs), blocks.tiny_net(TARGET, block=9)
+    nets, guesses = (copy.deepcopy(net).float(), there(net, graphs)), []
+    for device, own, target in zip(("cpu", DEVICE), nets, (cpu, gpu)):
+        drafter, features = blocks.DFlashDrafter(own, target), blocks.features_of(PROMPTS[0], TARGET).float().to(device)
+        with torch.inference_mode():
+            drafter.observe(features, torch.tensor([PROMPTS[0] + [5]], device=device))
+            guesses += [drafter.guess(5, most).cpu() for most in (8, 3)]
+    assert all(torch.allclose(ours, theirs, atol=2e-3, rtol=1e-3) for ours, theirs in zip(guesses[:2], guesses[2:]))
+    config, new_drafter = blocks.plan_of(method, gpu, nets[1], max_new_tokens=40, budget=12)
+    for prompt in PROMPTS:
+        assert base.collect(gpu, prompt, config, state=State(gpu, new_drafter()))[0] == say(cpu, None, prompt, method="ar")
+    assert (nets[1].captured > 0) == graphs
 
 
 def test_growing_storage_and_a_conversation(monkeypatch):

@@ -26,7 +26,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "variants")]
 from demo_model import command_line, tool  # noqa: E402
-from dflash import DFlash, stacked  # noqa: E402
+from dflash import DFlash, load_dflash, stacked  # noqa: E402
 from model import Model, NoCache, default_taps, load_model, unstacked  # noqa: E402
 from retrieval import whole  # noqa: E402
 from train_eagle3 import Texts, data_folder, descend, learning_rate, model_folder, new_optimizers, report_progress, training_state  # noqa: E402
@@ -57,7 +57,7 @@ def denoise(net: DFlash, target: Model, tokens: Tensor, features: Tensor, roots:
     before = at[:, None] < roots[:, which, None]                                   # [b, A * B, n]
     mask = torch.cat((before, (which == which[:, None]).expand(b, -1, -1)), dim=-1)
     positions = (roots[:, :, None] + torch.arange(B, device=device)).flatten(1)
-    return net(target.embed_tokens(ids.flatten(1)), positions, cache, mask).view(b, A, B, -1)[:, :, 1:]
+    return net(target.embed_tokens(ids.flatten(1)), positions, cache, mask)[0].view(b, A, B, -1)[:, :, 1:]
 
 
 def draw(net: DFlash, kind: Tensor, spacing: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,13 +70,14 @@ def draw(net: DFlash, kind: Tensor, spacing: int, generator: torch.Generator) ->
     return roots, after.clamp_max(kind.shape[1] - 2), after < length[:, :, None] - 1
 
 
-def new_net(target: Model, taps: tuple[int, ...], layers: int, block_size: int, mask_token_id: int) -> DFlash:
-    """A fresh drafter: its layers start as the target's last but one, `fc` as the last of the features. Every query head has keys and
+def new_net(target: Model, taps: tuple[int, ...], layers: int, block_size: int, mask_token_id: int, ids: Tensor) -> DFlash:
+    """A fresh drafter that guesses among `ids` [draft V]: its layers start as the target's last but one, `fc` as the last of the features. Every query head has keys and
     values of its own, since all that a block learns of its context comes through them."""
     H, sources, h, k = target.config.hidden_size, target.layers[-1 - layers:-1], target.config.num_attention_heads, target.config.num_key_value_heads
     config = replace(target.config, architecture="DFlashDraftModel", num_hidden_layers=layers, num_key_value_heads=h, qk_norm=True, num_experts=0,
                      moe_layers=())
-    net = DFlash(config, taps, block_size, mask_token_id)
+    net = DFlash(config, taps, block_size, mask_token_id, len(ids))
+    net.ids, net.d2t = ids, ids - torch.arange(len(ids), device=ids.device)
     with torch.no_grad():
         for value in net.parameters():
             value.fill_(1.0) if value.dim() == 1 else value.normal_(std=0.3 * value.shape[1]**-0.5)
@@ -92,10 +93,10 @@ def new_net(target: Model, taps: tuple[int, ...], layers: int, block_size: int, 
 
 
 def save_dflash(net: DFlash, folder: Path, note: dict, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write the published layout, and `note` as training.json."""
-    config = net.config
+    """Write the published layout, d2t beside it where the net has one, and `note` as training.json."""
+    config, ids = net.config, {} if net.ids is None else {"d2t": net.d2t.cpu()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(unstacked(net, stacked(config), dtype), folder / "model.safetensors")
+    save_file(unstacked(net, stacked(config), dtype) | ids, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({
         "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "dtype": str(dtype).removeprefix("torch."), "hidden_act": "silu",
         **{name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -111,12 +112,13 @@ def validate(net: DFlash, texts: Texts, target: Model, args) -> list[float]:
     """On held-out answers: how often the first 1, 2, ... B - 1 guesses are all the target's choice, of the places where the text
     itself is the target's choice up to there."""
     right, count, generator = torch.zeros(net.block_size - 1), torch.zeros(net.block_size - 1), torch.Generator().manual_seed(0)
-    H = target.config.hidden_size
+    H, rows = target.config.hidden_size, target.lm_head.weight if net.ids is None else target.lm_head.weight[net.ids]
     for tokens, features, kind in texts.batches(random.Random(0), args.batch_tokens):
         roots, after, inside = draw(net, kind, args.spacing, generator)
         row = torch.arange(len(tokens), device=args.device)[:, None, None]
         with torch.autocast(args.device.split(":")[0], torch.bfloat16):
-            guess = target.lm_head(denoise(net, target, tokens, features[..., :-H], roots)).argmax(-1)
+            guess = F.linear(denoise(net, target, tokens, features[..., :-H], roots), rows).argmax(-1)
+            guess = guess if net.ids is None else net.ids[guess]
         best = target.lm_head(target.norm(features[row, after, -H:].to(target.dtype))).argmax(-1)
         own = F.pad((tokens[row, after + 1] == best).cumprod(-1), (1, -1), value=1) * inside
         right += ((guess == best).cumprod(-1) * own).sum((0, 1)).cpu()
@@ -134,16 +136,23 @@ def train(args) -> None:
     if len(shards) < 2:
         raise SystemExit(f"error: {data} holds fewer than two shards of self-made text; run 'python tools/train_eagle3.py generate' first")
     held, state_file = Texts(shards[:1], target, args.held_out), data / f"{args.name}.pt"
-    settings = "layers", "block", "vocab", "spacing", "fade", "lr"
+    settings = "start", "layers", "block", "vocab", "spacing", "fade", "lr"
     state = training_state(state_file, args, "net", settings)
     for name, low, high in (("layers", 1, L - 1), ("block", 2, 64)):
         value = getattr(args, name)
         if not low <= value <= high:
             raise SystemExit(f"error: argument --{name} is {value}; expected {low} to {high}")
     counts = sum(torch.bincount(safe_open(path, "pt").get_tensor("tokens").long(), minlength=target.config.vocab_size) for path in shards)
-    mask = state["mask"] if state else int(counts.argmin())                        # a token that the text does not use
-    rows = target.lm_head.weight[counts.argsort(descending=True, stable=True)[:args.vocab]]   # the loss is taken over what it uses most
-    net = new_net(target, default_taps(L), args.layers, args.block, mask).float().to(args.device)
+    if args.start:
+        net = load_dflash(args.start, target, pack=False)
+        net.head = None
+    else:
+        mask = state["mask"] if state else int(counts.argmin())                    # a token that the text does not use
+        often = counts.argsort(descending=True, stable=True)[:args.vocab].sort().values
+        ids = state["net"]["d2t"] + torch.arange(len(often), device=args.device) if state else often.to(args.device)
+        net = new_net(target, default_taps(L), args.layers, args.block, mask, ids)
+    net = net.float().to(args.device).requires_grad_()
+    rows = target.lm_head.weight if net.ids is None else target.lm_head.weight[net.ids]
     matrices, others = [p for p in net.parameters() if p.dim() == 2], [p for p in net.parameters() if p.dim() == 1]
     optimizers = new_optimizers(matrices, others, args.lr)
     seen, updates, history, running = 0, 0, [], None
@@ -154,7 +163,7 @@ def train(args) -> None:
         seen, updates, history = state["seen"], state["updates"], state["history"]
         print(f"continuing after {seen:,} tokens")
     rng, generator = random.Random(args.seed + updates), torch.Generator().manual_seed(args.seed + updates)
-    fade = args.fade ** torch.arange(args.block - 1, device=args.device)
+    fade = args.fade ** torch.arange(net.block_size - 1, device=args.device)
     began = saved_at = time.time()
     start_seen = seen
     while seen < args.tokens:
@@ -178,7 +187,7 @@ def train(args) -> None:
                 print(json.dumps(history[-1]), flush=True)
             if time.time() - saved_at > 300 or seen >= args.tokens:
                 with whole(state_file) as file:
-                    torch.save({"net": net.state_dict(), "mask": mask, "seen": seen, "updates": updates, "history": history,
+                    torch.save({"net": net.state_dict(), "mask": net.mask_token_id, "seen": seen, "updates": updates, "history": history,
                                 "optimizers": [o.state_dict() for o in optimizers], **{name: getattr(args, name) for name in settings}}, file)
                 saved_at = time.time()
             if seen >= args.tokens:
@@ -195,10 +204,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", required=True, help="folder for the finished drafter")
     parser.add_argument("--name", default="dflash", help="of the training state, which a second call continues")
+    parser.add_argument("--start", help="folder of a drafter to start from, which has its layers, block and vocab")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--block", type=int, default=8, help="tokens a block, the root included")
     parser.add_argument("--tokens", type=int, default=4_000_000, help="training tokens, repetitions included")
-    parser.add_argument("--vocab", type=int, default=16384, help="tokens that the loss is taken over: the text's most frequent")
+    parser.add_argument("--vocab", type=int, default=8192, help="tokens that are guessed: the text's most frequent")
     parser.add_argument("--batch-tokens", type=int, default=1536)
     parser.add_argument("--spacing", type=int, default=4, help="tokens of an answer for each block that is rooted in it")
     parser.add_argument("--fade", type=float, default=0.8, help="weight of a position's loss relative to the one before")

@@ -13,20 +13,23 @@ Needs: a DFlash checkpoint for the target (`--draft`, folder or Hub id), full at
 Guarantees: the output of plain decoding, as every method in graft.py.
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from graft import Sampler  # noqa: E402
-from model import CheckpointError, KVCache, Layer, Linear, Model, ModelConfig, RMSNorm, fetch_checkpoint, read_json  # noqa: E402
-from model import _Decoder, _fill, _stacked, _Tensors  # noqa: E402
+from kernels import kernels  # noqa: E402
+from model import BUCKETS, Captured, CheckpointError, KVCache, Layer, Linear, Model, ModelConfig, RMSNorm, StaticCache  # noqa: E402
+from model import _Decoder, _fill, _stacked, _Tensors, fetch_checkpoint, read_json  # noqa: E402
 from tree import Tree  # noqa: E402
 
 DEMO_DRAFT = ROOT / "assets" / "smollm2-135m-dflash"
@@ -39,11 +42,14 @@ def prepare(setup, method: str):
         raise ValueError(f"method '{method}' needs a DFlash drafter; give --draft, or train one for the demo model: "
                          "python tools/train_dflash.py --out assets/smollm2-135m-dflash")
     net = _load(fetch_checkpoint(setup.draft or str(DEMO_DRAFT)), setup.model)
+    if setup.model.kernels:
+        net.kernels = kernels(net.config, net.cache_dtype, partial(print, file=sys.stderr))
     steps = net.block_size - 1                                 # positions of a block to guess; the first is expansion step 0
     if method == "dflash_graft":
-        config = replace(setup.configure("graft"), depth=steps - 1, adjacency=True)
-        if config.verify_cost:                                 # drafting on costs nothing: prices alone decide what is verified
-            config = replace(config, checkpoints=(), thresholds=(), retained=())
+        config = replace(setup.configure("graft"), depth=steps - 1)
+        if cost := config.verify_cost:                         # drafting on costs nothing: a level is looked at while any node of it can pay
+            least = min((price - cost[0]) / n for n, price in enumerate(cost) if n)
+            config = replace(config, checkpoints=tuple(range(steps)), thresholds=(least,) * steps, retained=(1.0,) * steps)
     else:
         budget = min(steps, setup.base.budget)
         config = replace(setup.configure("graft_tail" if method == "dflash_graft_tail" else "eagle"), draft_top_k=1, depth=steps - 1, adjacency=True,
@@ -54,10 +60,15 @@ def prepare(setup, method: str):
 
 class DFlash(_Decoder):
     """The network: Qwen3 layers over a block whose attention also reads a context, the target's features. It shares the target's
-    embeddings and head, and holds neither."""
+    embeddings and head, and holds neither. With `d2t` [draft V] (ours, as EAGLE-3 heads have it: target id - draft id) it guesses only
+    among these tokens, and so needs only their rows of the head."""
 
-    def __init__(self, config: ModelConfig, taps: tuple[int, ...], block_size: int, mask_token_id: int):
+    def __init__(self, config: ModelConfig, taps: tuple[int, ...], block_size: int, mask_token_id: int, vocab: int = 0):
         super().__init__(config)
+        if vocab:
+            self.register_buffer("d2t", torch.zeros(vocab, dtype=torch.int64))
+        self.ids: Tensor | None = None                                     # [draft V], where `load_dflash` found d2t
+        self.head: Linear | None = None                                    # the rows of these
         H, eps = config.hidden_size, config.rms_norm_eps
         self.taps, self.block_size, self.mask_token_id = taps, block_size, mask_token_id
         self.fc = Linear(len(taps) * H, H)
@@ -72,14 +83,44 @@ class DFlash(_Decoder):
             _, rows = layer.self_attn.project(x, rotary)
             cache.write(layer.index, rows)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None = None) -> tuple[Tensor]:
         """Embeddings x [b, n, H] of blocks at positions [b, n] -> what the target's head reads [b, n, H]. mask [b, n, m]: True =
         attend; None = every token sees the whole context and every other."""
+        if self.kernels and mask is None and self.kernels.fit(self.config, x.shape[1], cache, x.dtype):
+            return self.norm(self.kernels.run(self.layers, x, self.turns(positions, x.dtype), None, cache, ())[0]),
         rotary = self.rotary(positions, x.dtype)
         mask = None if mask is None else self.group(mask, x.shape[1], cache, x.dtype)
         for layer in self.layers:
             x = layer(x, rotary, mask, cache)
-        return self.norm(x)
+        return self.norm(x),
+
+
+class Block:
+    """A round of drafting over fixed buffers, on CUDA a graph: up to p rows of context are read, then the block behind them is guessed."""
+
+    def __init__(self, drafter: "DFlashDrafter", p: int, m: int):
+        self.net, self.target, B, device = drafter.net, drafter.target, drafter.net.block_size, drafter.ids.device   # not the drafter: its cache holds this
+        self.features = torch.zeros(1, p, self.net.fc.inputs, dtype=self.target.dtype, device=device)
+        self.ids = torch.full((1, B), self.net.mask_token_id, device=device)       # the root goes first
+        self.start, self.count = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))   # the first row read, and how many count
+        self.context, self.block = StaticCache(drafter.cache, p, m), StaticCache(drafter.cache, B, m, compiled=self.net.compiled)
+        self.seen = F.pad(torch.ones(B, B, dtype=torch.bool, device=device), (0, 1))
+        self.captured = Captured(self.net, self.compute)
+
+    def compute(self) -> Tensor:
+        net, context, block = self.net, self.context, self.block
+        context.index = self.start + context.rows                                  # rows that do not count are overwritten by the block, or seen by nobody
+        net.read(self.features, context.index[None], context)
+        block.start = block.length = self.start + self.count
+        return net(self.target.embed_tokens(self.ids), (block.length + block.rows)[None], block, self.seen)[0]
+
+    def __call__(self, features: Tensor, start: int, root: int) -> Tensor:
+        count = features.shape[1]
+        self.features[:, :count] = features
+        self.ids[:, :1].fill_(root)
+        self.start.fill_(start)
+        self.count.fill_(count)
+        return self.captured()
 
 
 class DFlashDrafter:
@@ -87,36 +128,65 @@ class DFlashDrafter:
 
     def __init__(self, net: DFlash, target: Model):
         self.net, self.target, self.taps = net, target, net.taps
-        self.cache = KVCache(net.config, 0, target.cache_dtype, target.device)
-        self.ids = torch.arange(target.config.vocab_size, device=target.device)
+        self.cache = net.new_cache(0)
+        self.ids = torch.arange(target.config.vocab_size, device=target.device) if net.ids is None else net.ids
+        self.unread: Tensor | None = None                                          # features that the next block's graph reads
 
     def rewind(self, length: int) -> int:
+        self.read()
         self.cache.length = min(self.cache.length, length)
         return self.cache.length
 
     def observe(self, features: Tensor, tokens: Tensor) -> None:
         """Read features [1, m, len(taps) * H] of m newly committed positions; which tokens stood there does not matter."""
-        start, count = self.cache.length, features.shape[1]
-        self.cache.reserve(start + count)
-        self.net.read(features, torch.arange(start, start + count, device=features.device)[None], self.cache)
-        self.cache.commit(list(range(count)))
+        self.read()
+        self.unread = features
+        if not self.net.replays(self.cache) or features.shape[1] > BUCKETS[-1]:
+            self.read()
+
+    def read(self) -> None:
+        """Read now what is left to the next graph."""
+        if self.unread is not None:
+            start, count = self.cache.length, self.unread.shape[1]
+            self.cache.reserve(start + count)
+            self.net.read(self.unread, torch.arange(start, start + count, device=self.ids.device)[None], self.cache)
+            self.cache.commit(list(range(count)))
+            self.unread = None
 
     def guess(self, root: int, most: int) -> Tensor:
-        """Logits [steps, V] of the tokens behind the root: all B - 1 that a block has, or the first `most`."""
-        net, start = self.net, self.cache.length
+        """Logits [steps, draft V] of the tokens behind the root: all B - 1 that a block has, or the first `most`."""
+        hidden = (self.run if self.unread is None else self.replay)(root)
+        logits = (self.net.head or self.target.lm_head)(hidden[0, 1:most + 1])
+        return logits if logits.shape[1] == len(self.ids) else logits[:, self.ids]
+
+    def run(self, root: int) -> Tensor:
+        """What the head reads at a block's positions [1, B, H]."""
+        net, start, device = self.net, self.cache.length, self.ids.device
         self.cache.reserve(start + net.block_size)
-        block = torch.tensor([[root] + [net.mask_token_id] * (net.block_size - 1)], device=self.ids.device)
-        positions = torch.arange(start, start + net.block_size, device=self.ids.device)[None]
-        return self.target.lm_head(net(self.target.wide(self.target.embed_tokens(block)), positions, self.cache)[0, 1:most + 1])
+        ids = torch.tensor([[root] + [net.mask_token_id] * (net.block_size - 1)], device=device)
+        return net(self.target.wide(self.target.embed_tokens(ids)), torch.arange(start, start + net.block_size, device=device)[None], self.cache)[0]
+
+    def replay(self, root: int) -> Tensor:
+        """The same, behind what is left to read."""
+        cache, count = self.cache, self.unread.shape[1]
+        p = next(size for size in BUCKETS if size >= count)
+        cache.reserve(cache.length + p + self.net.block_size)
+        key = (id(self.net), "block", p, m := cache.span(p + self.net.block_size))
+        if key not in cache.graphs:
+            cache.graphs[key] = Block(self, p, m)
+        hidden = cache.graphs[key](self.unread, cache.length, root)
+        cache.commit(list(range(count)))
+        self.unread = None
+        return hidden
 
     def expand(self, root: int, depth: int, top_k: int, sampler: Sampler) -> Iterator[Tree]:
         """Yield the tree after each of a block's positions: a node at depth i + 1 holds one of the top_k tokens of position i and
         the product of its path's probabilities; the top_k likeliest nodes go on. top_k = 1 is the published chain."""
-        rows = self.guess(root, depth + 1).split(1)
-        leaning = torch.cat([sampler.lean(row, step, self.ids) for step, row in enumerate(rows)])
-        values, ids = leaning.topk(min(top_k, len(self.ids)), dim=-1)
+        rows = self.guess(root, depth + 1)
+        leaning = [sampler.lean(rows, 0, self.ids)] if sampler.plain else [sampler.lean(row, step, self.ids) for step, row in enumerate(rows.split(1))]
+        values, best = torch.cat(leaning).topk(min(top_k, len(self.ids)), dim=-1)
         tree, frontier = Tree.rooted(root), [0]
-        for tokens, logprobs in zip(ids.tolist(), values.tolist()):
+        for tokens, logprobs in zip(self.ids[best].tolist(), values.tolist()):
             frontier = tree.best(tree.expand(frontier, [tokens] * len(frontier), [logprobs] * len(frontier)), top_k)
             yield tree
 
@@ -154,11 +224,20 @@ def load_dflash(folder: str | Path, target: Model, *, pack: bool = True) -> DFla
     for name, good, expected in checks:
         if not good:
             raise CheckpointError(f"{path}: field '{name}' is {raw.get(name)!r:.80}; expected {expected}")
-    with torch.device("meta"):
-        net = DFlash(config, tuple(taps), raw["block_size"], raw["mask_token_id"])
     tensors = _Tensors(folder)
+    with torch.device("meta"):
+        net = DFlash(config, tuple(taps), raw["block_size"], raw["mask_token_id"], math.prod(tensors.shapes.get("d2t", (0,))))
     _fill(net, tensors, stacked(config), target.dtype, target.device, {name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq")}, pack,
-          target.mixed)
+          target.mixed, products=target.products)
+    net.graphs, net.compiled = target.graphs, target.compiled
+    if hasattr(net, "d2t"):
+        net.ids = net.d2t + torch.arange(len(net.d2t), device=target.device)
+        if net.ids.min() < 0 or net.ids.max() >= V:
+            raise CheckpointError(f"{tensors.where}: tensor 'd2t' points outside the target's vocabulary of {V}")
+        if target.config.tie_word_embeddings:                              # a packed head shows no rows, the embeddings do
+            net.head = Linear(H, len(net.ids))
+            net.head.weight = nn.Parameter(target.embed_tokens.weight[net.ids], requires_grad=False)
+            net.head.pack(target.mixed, False, target.products)
     return net
 
 

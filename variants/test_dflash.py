@@ -253,6 +253,29 @@ def test_rope_scaling_comes_back(rope, tmp_path):
     assert load_dflash(save(tmp_path, tiny_net(rope=rope)), MODEL).config.rope == rope
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_draft_vocabulary_guesses_its_own_tokens_alone(tied, tmp_path):
+    target, own = tiny(1, tie_word_embeddings=tied), torch.tensor([0, 3, 4, 9, 17, 30])
+    if tied:
+        target.lm_head.weight = target.embed_tokens.weight
+    net = tiny_net(target)
+    save(tmp_path / "whole", net)
+    net.register_buffer("d2t", own - torch.arange(6))
+    net.ids = own
+    nets, text = [load_dflash(folder, target) for folder in (tmp_path / "whole", save(tmp_path / "part", net))], [5, 1, 2]
+    logits = []
+    for each in nets:
+        drafter = DFlashDrafter(each, target)
+        drafter.observe(features_of(text, target), torch.tensor([text + [7]]))
+        logits.append(drafter.guess(7, BLOCK - 1))
+    assert logits[1].shape == (BLOCK - 1, 6) and torch.allclose(logits[0][:, own], logits[1], atol=1e-12) and (nets[1].head is not None) == tied
+    *_, tree = drafter.expand(7, 3, 4, Sampler(GraftConfig(), VOCAB, "cpu"))
+    assert set(tree.tokens[1:]) <= set(own.tolist())
+    net.d2t[-1] = VOCAB
+    with pytest.raises(CheckpointError, match="d2t"):
+        load_dflash(save(tmp_path / "part", net), target)
+
+
 P = "layers.1."
 
 
@@ -340,7 +363,14 @@ def test_training_learns_continues_and_writes_what_drafts(tmp_path, monkeypatch,
     first, last = history[0], history[-1]
     assert last["tokens"] >= 24000 and last["loss"] < 0.85 * first["loss"] and last["accepted"][0] > 0.45 > first["accepted"][0]
     net = load_dflash(tmp_path / "out", MODEL)
-    assert (net.block_size, net.taps) == (4, (1, 2, 2))
+    assert (net.block_size, net.taps) == (4, (1, 2, 2)) and len(net.ids) == VOCAB
+    again = ["--name", "again", "--start", str(tmp_path / "out"), "--out", str(tmp_path / "again"), "--tokens", "100", "--lr", "0"]
+    monkeypatch.setattr(sys, "argv", ["train_dflash.py", *arguments, *again])
+    train_dflash.main()                                                            # goes on from a finished one
+    accepted = json.loads((tmp_path / "again" / "training.json").read_text())["held_out"][0]["accepted"]
+    assert accepted == pytest.approx(last["accepted"], abs=0.05)                   # it was saved in bfloat16
+    saved = [load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "again")]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0]) and saved[0].keys() == saved[1].keys()
     config, new_drafter = plan_of("dflash_graft", net=net, max_new_tokens=12)
     *_, last = generate(MODEL, [1, 2, 3], config, state=State(MODEL, new_drafter()))
     assert last.stats.nodes[DRAFT] > 0
@@ -354,7 +384,7 @@ def test_training_learns_continues_and_writes_what_drafts(tmp_path, monkeypatch,
 
 def test_bench_drafts_blocks_for_the_demo_model(tmp_path):
     target = load_model(train_dflash.model_folder(Namespace(model=None)), dtype=torch.bfloat16, pack=False)
-    save_dflash(new_net(target, (1, 14, 26), 1, 8, 16), tmp_path / "net", {"target_layers": 30})
+    save_dflash(new_net(target, (1, 14, 26), 1, 8, 16, torch.arange(0, 49152, 6)), tmp_path / "net", {"target_layers": 30})
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": 0, "task": "t", "turns": ["List three fruits."]}))
     done = command("bench", "--prompts", str(tmp_path / "p.jsonl"), "--methods", ",".join(METHODS), "--draft", str(tmp_path / "net"),
                    "--dtype", "float32", "--max-new-tokens", "16", "--json", str(tmp_path / "out.json"))
