@@ -724,41 +724,6 @@ class Layer(Part):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-@dataclass
-class Kernels:
-    """On a CPU: what stands between the matrix products of a layer, for few tokens of one text, as three compiled functions from a list of
-    tensors to a list of tensors. `tools/kernels.py` makes them."""
-
-    read: Callable       # rows of qkv_proj, cos and sin [1, n, 1, d], the layer's cache, mask [1, 1, g*n, m], weights of the head norms -> what o_proj takes
-    add_norm: Callable   # x, what is added to it, a norm's weight -> the sum and its norm
-    gate: Callable       # rows of gate_up_proj -> what down_proj takes
-
-    def fit(self, config: ModelConfig, n: int, cache: "KVCache", dtype: torch.dtype) -> bool:
-        """Whether a forward of n tokens can be run so, and is faster."""
-        r = n * config.num_attention_heads // config.num_key_value_heads
-        return (r <= FEW and type(cache) is KVCache and cache.rows.shape[1] == 1 and cache.rows.dtype == dtype
-                and cache.length + n <= cache.capacity and not by_products(r, cache.capacity, cache.rows.device, dtype))
-
-    def run(self, layers: nn.ModuleList, x: Tensor, turns: tuple[Tensor, Tensor], mask: Tensor | None, cache: "KVCache", taps: tuple[int, ...]) -> tuple[Tensor, dict]:
-        """What comes out of the last layer [1, n, H], and of those that `taps` names. mask: as `group` makes it; None: all attend to all.
-        An MLP's result is added where the next norm is taken."""
-        tapped, added = {}, torch.zeros_like(x)
-        if mask is None:
-            n, attention = x.shape[1], layers[0].self_attn
-            mask = x.new_zeros(1, 1, attention.h // attention.k * n, cache.length + n)
-        for layer in layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            norms = (attention.q_norm.factors, attention.k_norm.factors) if attention.qk_norm else ()
-            x, y = self.add_norm([x, added, layer.input_layernorm.factors])
-            y, = self.read([attention.qkv_proj(y), *turns, cache.layers[layer.index], mask, *norms])
-            x, y = self.add_norm([x, attention.o_proj(y), layer.post_attention_layernorm.factors])
-            y, = self.gate([mlp.gate_up_proj(y)])
-            added = mlp.down_proj(y)
-            if layer.index in taps:
-                tapped[layer.index] = x + added
-        return x + added, tapped
-
-
 class _Decoder(nn.Module):
     """What the target and the head share: rotary tables, the shape of the mask, and forwards over fixed buffers.
 
@@ -770,7 +735,7 @@ class _Decoder(nn.Module):
     graph_pool = graph_stream = None
     captured = 0                                                                   # graphs made so far
     compiled = False                                                               # whether what graphs run is compiled first
-    kernels: Kernels | None = None
+    kernels: Callable | None = None                                                # on a CPU: all layers in C++, for forwards that its `fit` takes (tools/kernels.py)
     products: Callable | None = None                                               # what its matrices were packed by, as `load_model` says
 
     def __init__(self, config: ModelConfig):
@@ -898,13 +863,12 @@ class Model(_Decoder):
         if mask is not None or tokens.numel() <= SHORT:
             x = self.wide(x)
         n, final, tapped = tokens.shape[1], len(self.layers) - 1, {-1: x} if taps else {}
-        kernels = self.kernels if self.kernels and self.kernels.fit(self.config, n, cache, x.dtype) else None
         alone = final if last_only and mask is None and final not in taps else None   # the layer that only the last token goes through
-        mask = fused(_Decoder.group, cache)(self, mask, n, cache, x.dtype)
-        if kernels:
-            x, found = kernels.run(self.layers, x, self.turns(positions, x.dtype), mask, cache, taps)
+        if self.kernels and self.kernels.fit(x, mask, cache):
+            x, found = self.kernels(x, self.turns(positions, x.dtype), mask, cache, taps, causal=mask is None)
             tapped |= found
         else:
+            mask = fused(_Decoder.group, cache)(self, mask, n, cache, x.dtype)
             rotary = fused(_Decoder.rotary, cache)(self, positions, x.dtype)
             for layer in self.layers:
                 x = layer(x, rotary, mask, cache, layer.index == alone)
@@ -954,9 +918,13 @@ class Eagle3(_Decoder):
         x = self.embed_tokens(tokens).to(hidden.dtype)
         x = torch.cat((self.input_layernorm(x), self.hidden_norm(hidden)), dim=-1) # [b, n, 2H]
         alone = last_only and mask is None
-        mask = None if alone else self.group(mask, tokens.shape[1], cache, x.dtype)
-        hidden = (hidden[:, -1:] if alone else hidden) + self.self_attn(x, self.rotary(positions, x.dtype), mask, partial(cache.attend, 0), alone)
-        hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        if self.kernels and self.kernels.fit(hidden, mask, cache):
+            hidden, _ = self.kernels(hidden, self.turns(positions, x.dtype), mask, cache, causal=mask is None, given=x)
+            hidden = hidden[:, -1:] if alone else hidden
+        else:
+            mask = None if alone else self.group(mask, tokens.shape[1], cache, x.dtype)
+            hidden = (hidden[:, -1:] if alone else hidden) + self.self_attn(x, self.rotary(positions, x.dtype), mask, partial(cache.attend, 0), alone)
+            hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return self.lm_head(self.norm(self.wide(hidden[:, -1:] if last_only else hidden))), hidden
 
 

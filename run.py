@@ -289,8 +289,12 @@ def set_up(args) -> Setup:
     text = Text(folder)
     if args.compile and (device.type not in ("cpu", "cuda") or args.no_graphs):
         raise ValueError("--compile is for a CPU, or for a GPU with graphs; leave it out")
-    exact = device.type == "cpu" and (mixed or dtype == torch.float32)
-    model = load_model(folder, dtype=dtype, device=device, mixed=mixed, products=products() if args.compile and exact else None)
+    in_c = args.compile and device.type == "cpu"
+    if in_c and args.dtype == "auto":
+        mixed = dtype == torch.bfloat16
+    if in_c and not mixed and dtype != torch.float32:
+        raise ValueError(f"--compile is, on a CPU, for float32 and mixed precision; --dtype is {args.dtype}")
+    model = load_model(folder, dtype=dtype, device=device, mixed=mixed, products=products() if in_c else None)
     model.graphs, model.compiled = False if args.no_graphs else None, args.compile       # what drafts for it follows
     if args.compile and device.type == "cuda":
         say("Compiling as forwards come: half a minute, less once torch has kept some of it ...")
@@ -298,9 +302,11 @@ def set_up(args) -> Setup:
     own = OWN_DRAFT & {*(getattr(args, "methods", None) or "").split(","), getattr(args, "method", None)}
     draft = not own and args.draft or (str(DEMO_HEAD) if not args.model and DEMO_HEAD.is_dir() else None)
     head = load_draft(fetch_checkpoint(draft), model) if draft else None
-    for network in (model, head) if args.compile and device.type == "cpu" else ():       # an EAGLE-3 head's one layer gains next to nothing
-        if isinstance(network, Model):
-            network.kernels = kernels(network.config, network.cache_dtype, say)
+    for network in (model, head) if in_c else ():
+        if network:
+            network.kernels = kernels(network)
+    if in_c and not model.kernels:
+        raise ValueError(f"{folder}: --compile takes, on a CPU, matrices that bfloat16 holds and whose sizes are multiples of 32; leave it out")
     if isinstance(head, Model) and args.draft_window:
         raise ValueError(f"--draft-window is {args.draft_window}, but --draft names a model, which reads all of the text; leave it out")
     method = getattr(args, "method", None) or ("graft" if head else "retrieve")

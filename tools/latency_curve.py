@@ -86,11 +86,13 @@ def main() -> None:
         torch.cuda.set_device(args.device)
     if args.layers:
         config = replace(config, num_hidden_layers=args.layers, moe_layers=tuple(i for i in config.moe_layers if i < args.layers))
-    cpu = args.compile and torch.device(args.device).type == "cpu"
-    model = random_model(config, getattr(torch, args.dtype), args.device, products() if cpu and args.dtype == "float32" else None)
+    in_c = args.compile and torch.device(args.device).type == "cpu"
+    if in_c and args.dtype != "float32":
+        raise ValueError(f"--compile is, on a CPU, for float32; --dtype is {args.dtype}")
+    model = random_model(config, getattr(torch, args.dtype), args.device, products() if in_c else None)
     model.compiled = args.compile
-    if cpu:
-        model.kernels = kernels(config, model.cache_dtype)
+    if in_c:
+        model.kernels = kernels(model)
     times, peaks = curve(model, args.length, [0, 1, 3, 7, 15, 31, 60], args.repeats)
     speed = bandwidth(model.device)
     floor = bytes_read(model) / speed / 1e6

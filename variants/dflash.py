@@ -17,7 +17,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ def prepare(setup, method: str):
                          "python tools/train_dflash.py --out assets/smollm2-135m-dflash")
     net = _load(fetch_checkpoint(setup.draft or str(DEMO_DRAFT)), setup.model)
     if setup.model.kernels:
-        net.kernels = kernels(net.config, net.cache_dtype, partial(print, file=sys.stderr))
+        net.kernels = kernels(net)
     steps = net.block_size - 1                                 # positions of a block to guess; the first is expansion step 0
     if method == "dflash_graft":
         config = replace(setup.configure("graft"), depth=steps - 1)
@@ -86,8 +86,8 @@ class DFlash(_Decoder):
     def forward(self, x: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None = None) -> tuple[Tensor]:
         """Embeddings x [b, n, H] of blocks at positions [b, n] -> what the target's head reads [b, n, H]. mask [b, n, m]: True =
         attend; None = every token sees the whole context and every other."""
-        if self.kernels and mask is None and self.kernels.fit(self.config, x.shape[1], cache, x.dtype):
-            return self.norm(self.kernels.run(self.layers, x, self.turns(positions, x.dtype), None, cache, ())[0]),
+        if self.kernels and mask is None and self.kernels.fit(x, mask, cache):
+            return self.norm(self.kernels(x, self.turns(positions, x.dtype), None, cache)[0]),
         rotary = self.rotary(positions, x.dtype)
         mask = None if mask is None else self.group(mask, x.shape[1], cache, x.dtype)
         for layer in self.layers:

@@ -3,6 +3,7 @@ what a tree holds, training against drafting, and damaged checkpoints."""
 
 import json
 import math
+import shutil
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "variants"), str(ROOT / "tools")]
 import dflash  # noqa: E402
+import kernels  # noqa: E402
 import run  # noqa: E402
 import train_dflash  # noqa: E402
 from dflash import DFlash, DFlashDrafter, load_dflash, prepare  # noqa: E402
@@ -381,6 +383,22 @@ def test_training_learns_continues_and_writes_what_drafts(tmp_path, monkeypatch,
 
 
 # ----------------------------------------------------------------------------------------- the demo model, end to end
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_a_compiled_block_is_the_block():
+    guesses = []
+    for made in (kernels.products(), None):
+        target = load_model(train_dflash.model_folder(Namespace(model=None)), dtype=torch.float32, products=made)
+        net = load_dflash(dflash.DEMO_DRAFT, target)
+        net.kernels = kernels.kernels(net)
+        assert bool(net.kernels) == bool(made) == bool(net.head.blocks)
+        drafter, ids = DFlashDrafter(net, target), torch.arange(1000, 1040)[None]
+        with torch.inference_mode():
+            _, features = target(ids, torch.arange(40)[None], target.new_cache(40), taps=net.taps)
+            drafter.observe(features, ids)
+            guesses.append(drafter.guess(1040, 7))
+    assert guesses[0].shape == (7, 8192) and guesses[0].std() > 1 and (guesses[0] - guesses[1]).abs().max() < 1e-2
+
 
 def test_bench_drafts_blocks_for_the_demo_model(tmp_path):
     target = load_model(train_dflash.model_folder(Namespace(model=None)), dtype=torch.bfloat16, pack=False)
