@@ -782,7 +782,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", default="auto", choices=("auto", "mixed", "bfloat16", "float16", "float32", "float64"),
         help="mixed, on a CPU: prompts in bfloat16, all else in float32: exact and faster with a small model, but starts a second later")
-    add("--compile", action="store_true", help="decode faster by a third or a half: on a CPU compile matrix products and small operations, once, in a minute or less; on a GPU the small ones, half a minute of every start")
+    add("--compile", action="store_true", help="decode faster: on a CPU run all layers in C++, which is compiled once in some seconds (float32, or mixed precision); "
+        "on a GPU fuse small operations, half a minute of every start")
     add("--no-graphs", action="store_true", help="on a GPU, launch every kernel instead of replaying CUDA graphs")
     add("--max-new-tokens", type=int, default=128 if command in ("bench", "verify") else 512)
     add("--budget", type=int, help=f"most nodes a tree holds below its root (default: as calibrated, else {CPU_BUDGET} on a CPU, {GPU_BUDGET} on a GPU)")

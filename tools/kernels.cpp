@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #ifdef __AVX512F__
@@ -18,6 +19,15 @@ constexpr int64_t MUCH = 2048;                 // numbers, from which on small w
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+
+// Calls `run` with the number of rows, of at most R, as a constant: what is summed for so many stays in registers.
+template <int R, class Run>
+static inline void with_constant(int64_t rows, Run run) {
+    if (rows == R)
+        run(std::integral_constant<int, R>());
+    else if constexpr (R > 1)
+        with_constant<R - 1>(rows, run);
+}
 
 // ------------------------------------------------------------------------------------------------------------ y = x W^T
 //
@@ -44,14 +54,6 @@ static void block(const uint32_t *w, const float *x, float *y, int64_t inputs, i
     }
 }
 
-template <int R>
-static void few(int64_t rows, const uint32_t *w, const float *x, float *y, int64_t inputs, int64_t outputs) {
-    if (rows == R)
-        block<R>(w, x, y, inputs, outputs);
-    else if constexpr (R > 1)
-        few<R - 1>(rows, w, x, y, inputs, outputs);
-}
-
 extern "C" const int64_t block_size = BLOCK;
 
 // x [rows][inputs], y [rows][outputs]; outputs is a multiple of BLOCK.
@@ -61,7 +63,7 @@ extern "C" void product(const uint32_t *w, const float *x, float *y, int64_t row
     for (int64_t o = 0; o < outputs; o += BLOCK)
         for (int64_t part = 0; part < parts; part++) {
             const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
-            few<ROWS>(end - begin, w + o / 2 * inputs, x + begin * inputs, y + begin * outputs + o, inputs, outputs);
+            with_constant<ROWS>(end - begin, [&](auto r) { block<r>(w + o / 2 * inputs, x + begin * inputs, y + begin * outputs + o, inputs, outputs); });
         }
 }
 
@@ -126,7 +128,8 @@ static void gate(const float *rows, float *to, int64_t n, int64_t size, int64_t 
 
 // ------------------------------------------------------------------------------------------------------------ attention
 //
-// A row of queries over one head's cache, keys and values [m][d]. `scores` has room for m rounded up to LANES.
+// A transposed tile of LANES keys serves all rows of queries that a thread has for their head, and each row's sums of keys' and values' products stay in
+// registers. `stride` is m rounded up to LANES.
 
 struct Call {
     int64_t n, m, w, causal;                       // tokens; columns, their own n among them; the last w of them have a mask; whether a token sees none behind it
@@ -177,15 +180,7 @@ static void products(const float *const *queries, const float *keys, int64_t d, 
         store(to + r * stride, even[r] + odd[r]);
 }
 
-constexpr int64_t SOME = LANES == 16 ? 6 : 2, MANY = 48;                      // rows that share what is in registers, and in caches
-
-template <int R>
-static void few_products(int64_t rows, const float *const *queries, const float *keys, int64_t d, float *to, int64_t stride) {
-    if (rows == R)
-        products<R>(queries, keys, d, to, stride);
-    else if constexpr (R > 1)
-        few_products<R - 1>(rows, queries, keys, d, to, stride);
-}
+constexpr int64_t SOME = LANES == 16 ? 6 : 2, MANY = 48, TILE = 64;           // rows that share what is in registers, and in caches; values there
 
 // The softmax of m scores, but for its division: returns what each is to be divided by.
 static float soften(float *scores, int64_t m) {
@@ -209,12 +204,15 @@ static float soften(float *scores, int64_t m) {
     return sum;
 }
 
-// R rows' sums of the values, each times its score, divided by `by`.
+// To R rows' sums of the values, each times its score, those from `begin` to `end` are added.
 template <int V, int R>
-static void mix(const float *scores, const float *values, const float *by, int64_t stride, int64_t m, int64_t d, float *const *to) {
+static void mix(const float *scores, const float *values, int64_t stride, int64_t begin, int64_t end, int64_t d, float *const *to) {
     if constexpr (V > 0) {
-        Floats sums[R][V] = {};
-        for (int64_t c = 0; c < m; c++)
+        Floats sums[R][V];
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++)
+                sums[r][v] = load(to[r] + v * LANES);
+        for (int64_t c = begin; c < end; c++)
             for (int v = 0; v < V; v++) {
                 const Floats value = load(values + c * d + v * LANES);
                 for (int r = 0; r < R; r++)
@@ -222,25 +220,15 @@ static void mix(const float *scores, const float *values, const float *by, int64
             }
         for (int r = 0; r < R; r++)
             for (int v = 0; v < V; v++)
-                store(to[r] + v * LANES, sums[r][v] / by[r]);
+                store(to[r] + v * LANES, sums[r][v]);
     } else
         for (int r = 0; r < R; r++)
-            for (int64_t i = 0; i < d; i++) {
-                float sum = 0;
-                for (int64_t c = 0; c < m; c++)
-                    sum += scores[r * stride + c] * values[c * d + i];
-                to[r][i] = sum / by[r];
-            }
+            for (int64_t c = begin; c < end; c++)
+                for (int64_t i = 0; i < d; i++)
+                    to[r][i] += scores[r * stride + c] * values[c * d + i];
 }
 
-template <int V, int R>
-static void few_mixed(int64_t rows, const float *scores, const float *values, const float *by, int64_t stride, int64_t m, int64_t d, float *const *to) {
-    if (rows == R)
-        mix<V, R>(scores, values, by, stride, m, d, to);
-    else if constexpr (R > 1)
-        few_mixed<V, R - 1>(rows, scores, values, by, stride, m, d, to);
-}
-
+// Up to MANY rows, of these tokens, over one head's keys and values [m][d]. V is the number of registers that a head fills, or 0: any head size.
 template <int V>
 static void attend(const Call &a, int64_t rows, const int64_t *tokens, const float *const *queries, const bool *mask, const float *keys, const float *values,
                    float *const *to, float *scores, float *turned, int64_t stride) {
@@ -251,7 +239,7 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
     for (int64_t c = 0; c < m; c += LANES) {
         transpose(keys + c * a.d, std::min(LANES, m - c), a.d, turned);
         for (int64_t r = 0; r < rows; r += SOME)
-            few_products<SOME>(std::min(SOME, rows - r), queries + r, turned, a.d, scores + r * stride + c, stride);
+            with_constant<SOME>(std::min(SOME, rows - r), [&](auto some) { products<some>(queries + r, turned, a.d, scores + r * stride + c, stride); });
     }
     for (int64_t r = 0; r < rows; r++) {
         float *own = scores + r * stride;
@@ -260,9 +248,14 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
             if (!mask[tokens[r] * a.w + c])
                 own[m - a.w + c] = -INFINITY;
         by[r] = soften(own, m);
+        std::fill_n(to[r], a.d, 0.0f);
     }
-    for (int64_t r = 0; r < rows; r += SOME)
-        few_mixed<V, SOME>(std::min(SOME, rows - r), scores + r * stride, values, by + r, stride, m, a.d, to + r);
+    for (int64_t c = 0; c < m; c += TILE)                                     // so many values stay near while all rows take them
+        for (int64_t r = 0; r < rows; r += SOME)
+            with_constant<SOME>(std::min(SOME, rows - r), [&](auto some) { mix<V, some>(scores + r * stride, values, stride, c, std::min(c + TILE, m), a.d, to + r); });
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < a.d; i++)
+            to[r][i] /= by[r];
 }
 
 // rows [n][(h + 2k) d] of queries, keys and values: norms of query and key heads, where there are weights; rotation by cos and sin [n][d], the first half of

@@ -26,13 +26,13 @@ NUMBER, POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
 class Call(ctypes.Structure):
-    _fields_ = [(name, NUMBER) for name in ("n", "m", "w", "causal", "h", "k", "d", "capacity", "threads", "layers", "inputs", "hidden", "middle")] + [("eps", ctypes.c_float)]
+    _fields_ = [*((name, NUMBER) for name in "n m w causal h k d capacity threads layers inputs hidden middle".split()), ("eps", ctypes.c_float)]
 
 
 class Weights(ctypes.Structure):
     """Of a layer."""
 
-    _fields_ = [(name, POINTER) for name in ("qkv", "o", "gate_up", "down", "input_norm", "attention_norm", "query_norm", "key_norm")]
+    _fields_ = [(name, POINTER) for name in "qkv o gate_up down input_norm attention_norm query_norm key_norm".split()]
 
 
 def library() -> ctypes.CDLL:
@@ -112,7 +112,8 @@ class Layers:
 
     def fit(self, x: Tensor, mask: Tensor | list | None, cache: KVCache) -> bool:
         """Whether a forward of x [b, n, H] can be run so."""
-        return (x.dtype == torch.float32 and x.shape[0] == 1 and type(cache) is KVCache and cache.rows.dtype == x.dtype and cache.length + x.shape[1] <= cache.capacity and (mask is None or mask.dim() == 2))
+        return (x.dtype == torch.float32 and x.shape[0] == 1 and type(cache) is KVCache and cache.rows.dtype == x.dtype
+                and cache.length + x.shape[1] <= cache.capacity and (mask is None or mask.dim() == 2))
 
     def __call__(self, x: Tensor, turns: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache, taps: tuple[int, ...] = (),
                  causal: bool = False, given: Tensor | None = None) -> tuple[Tensor, dict[int, Tensor]]:

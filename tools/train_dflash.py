@@ -57,7 +57,7 @@ def denoise(net: DFlash, target: Model, tokens: Tensor, features: Tensor, roots:
     before = at[:, None] < roots[:, which, None]                                   # [b, A * B, n]
     mask = torch.cat((before, (which == which[:, None]).expand(b, -1, -1)), dim=-1)
     positions = (roots[:, :, None] + torch.arange(B, device=device)).flatten(1)
-    return net(target.embed_tokens(ids.flatten(1)), positions, cache, mask)[0].view(b, A, B, -1)[:, :, 1:]
+    return net(target.embed_tokens(ids.flatten(1)), positions, cache, mask).view(b, A, B, -1)[:, :, 1:]
 
 
 def draw(net: DFlash, kind: Tensor, spacing: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,8 +71,8 @@ def draw(net: DFlash, kind: Tensor, spacing: int, generator: torch.Generator) ->
 
 
 def new_net(target: Model, taps: tuple[int, ...], layers: int, block_size: int, mask_token_id: int, ids: Tensor) -> DFlash:
-    """A fresh drafter that guesses among `ids` [draft V]: its layers start as the target's last but one, `fc` as the last of the features. Every query head has keys and
-    values of its own, since all that a block learns of its context comes through them."""
+    """A fresh drafter that guesses among `ids` [draft V]: its layers start as the target's last but one, `fc` as the last of the features. Every
+    query head has keys and values of its own, since all that a block learns of its context comes through them."""
     H, sources, h, k = target.config.hidden_size, target.layers[-1 - layers:-1], target.config.num_attention_heads, target.config.num_key_value_heads
     config = replace(target.config, architecture="DFlashDraftModel", num_hidden_layers=layers, num_key_value_heads=h, qk_norm=True, num_experts=0,
                      moe_layers=())

@@ -48,7 +48,7 @@ def prepare(setup, method: str):
     if method == "dflash_graft":
         config = replace(setup.configure("graft"), depth=steps - 1)
         if cost := config.verify_cost:                         # drafting on costs nothing: a level is looked at while any node of it can pay
-            least = min((price - cost[0]) / n for n, price in enumerate(cost) if n)
+            least = min(1.0, max(0.0, min((price - cost[0]) / n for n, price in enumerate(cost) if n)))
             config = replace(config, checkpoints=tuple(range(steps)), thresholds=(least,) * steps, retained=(1.0,) * steps)
     else:
         budget = min(steps, setup.base.budget)
@@ -83,16 +83,16 @@ class DFlash(_Decoder):
             _, rows = layer.self_attn.project(x, rotary)
             cache.write(layer.index, rows)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None = None) -> tuple[Tensor]:
+    def forward(self, x: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None = None) -> Tensor:
         """Embeddings x [b, n, H] of blocks at positions [b, n] -> what the target's head reads [b, n, H]. mask [b, n, m]: True =
         attend; None = every token sees the whole context and every other."""
         if self.kernels and mask is None and self.kernels.fit(x, mask, cache):
-            return self.norm(self.kernels(x, self.turns(positions, x.dtype), None, cache)[0]),
+            return self.norm(self.kernels(x, self.turns(positions, x.dtype), None, cache)[0])
         rotary = self.rotary(positions, x.dtype)
         mask = None if mask is None else self.group(mask, x.shape[1], cache, x.dtype)
         for layer in self.layers:
             x = layer(x, rotary, mask, cache)
-        return self.norm(x),
+        return self.norm(x)
 
 
 class Block:
@@ -112,7 +112,7 @@ class Block:
         context.index = self.start + context.rows                                  # rows that do not count are overwritten by the block, or seen by nobody
         net.read(self.features, context.index[None], context)
         block.start = block.length = self.start + self.count
-        return net(self.target.embed_tokens(self.ids), (block.length + block.rows)[None], block, self.seen)[0]
+        return net(self.target.embed_tokens(self.ids), (block.length + block.rows)[None], block, self.seen)
 
     def __call__(self, features: Tensor, start: int, root: int) -> Tensor:
         count = features.shape[1]
@@ -164,7 +164,7 @@ class DFlashDrafter:
         net, start, device = self.net, self.cache.length, self.ids.device
         self.cache.reserve(start + net.block_size)
         ids = torch.tensor([[root] + [net.mask_token_id] * (net.block_size - 1)], device=device)
-        return net(self.target.wide(self.target.embed_tokens(ids)), torch.arange(start, start + net.block_size, device=device)[None], self.cache)[0]
+        return net(self.target.wide(self.target.embed_tokens(ids)), torch.arange(start, start + net.block_size, device=device)[None], self.cache)
 
     def replay(self, root: int) -> Tensor:
         """The same, behind what is left to read."""
