@@ -1422,11 +1422,13 @@ def test_what_compiled_layers_cannot_do_is_done_without_them():
     for i, step in generate_batch(twin, [[1, 2, 1], [4]], GraftConfig(method="retrieve", max_new_tokens=9)):
         said[i] += step.tokens
     assert said == expected
+    without = copy.copy(twin)
+    without.kernels = None
     with torch.inference_mode():
         tokens = torch.randint(0, VOCAB, (2, 3))
         twin.runs.clear()
-        whole = [network(tokens, torch.arange(3)[None], network.new_cache(3, batch=2))[0] for network in (twin, exact)]
-        assert (whole[0] - whole[1]).abs().max() < 1e-3 and not twin.runs
+        whole = [network(tokens, torch.arange(3)[None], network.new_cache(3, batch=2))[0] for network in (twin, without)]
+        assert torch.equal(*whole) and not twin.runs
         with pytest.raises(ValueError, match="reserve more"):
             twin(tokens[:1], torch.arange(3)[None], twin.new_cache(2))
 
@@ -1603,11 +1605,19 @@ def test_the_command_answers_in_json(dtype):
 @pytest.mark.parametrize("arguments, words", [
     (("",), "empty"), (("--bogus",), "--bogus"), (("x", "--model", "no-such-folder"), "no-such-folder"), (("x", "--budget", "0"), "--budget"),
     (("x", "--method", "eagle", "--draft", "gone/"), "gone"), (("x", "--device", "abacus"), "abacus"), (("x", "--no-graphs", "--compile"), "--compile"), (("x", "--file", "gone.txt"), "--file"),
-    (("bench", "--prompts", "gone.jsonl"), "gone.jsonl"), (("x", "--calibration", "gone.json"), "gone.json"), (("x", "--max-new-tokens", "0"), "max_new_tokens")])
+    (("bench", "--prompts", "gone.jsonl"), "gone.jsonl"), (("x", "--calibration", "gone.json"), "gone.json"), (("x", "--max-new-tokens", "0"), "max_new_tokens"),
+    (("x", "--device", "cpu", "--compile", "--dtype", "bfloat16"), "mixed precision")])
 def test_a_mistake_gets_one_line(arguments, words):
     done = command(*arguments)
     assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+
+
+@needs_compiler
+def test_a_model_that_no_compiled_layer_takes_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(run, "kernels", lambda network: None)
+    assert run.main(["x", "--device", "cpu", "--compile", "--dtype", "float32"]) == 1
+    assert "multiples of 32" in capsys.readouterr().err
 
 
 def test_an_interrupted_bench_goes_on_where_it_was(tmp_path):

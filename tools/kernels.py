@@ -12,6 +12,7 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def library() -> ctypes.CDLL:
         processor += [line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))][:1]
     folder = cache_folder() / f"kernels-{hashlib.sha256(repr((compiler, processor, SOURCE.read_text(encoding='utf-8'))).encode()).hexdigest()[:16]}"
     if not folder.is_dir():
+        print(f"Compiling {SOURCE.name} for this machine, once: some seconds ...", file=sys.stderr, flush=True)
         with filled(folder, "kernels.so") as whole:
             whole.mkdir()
             flags = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
