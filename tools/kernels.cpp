@@ -89,7 +89,7 @@ static inline Floats exponential(Floats x) {
     return x < low ? Floats{} : (p * r * r + r + 1.0f) * power;
 }
 
-// to = from / sqrt(mean(from^2) + eps) * weight; the two may be one.
+// to = from / sqrt(mean(from^2) + eps) * weight.
 static void norm(const float *from, const float *weight, float eps, float *to, int64_t size) {
     float squares = 0;
     #pragma omp simd reduction(+ : squares)
