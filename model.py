@@ -862,13 +862,14 @@ class Model(_Decoder):
         x = self.embed_tokens(tokens)                                              # [b, n, H]
         if mask is not None or tokens.numel() <= SHORT:
             x = self.wide(x)
-        n, final, tapped = tokens.shape[1], len(self.layers) - 1, {-1: x} if taps else {}
-        alone = final if last_only and mask is None and final not in taps else None   # the layer that only the last token goes through
+        tapped = {-1: x} if taps else {}
         if self.kernels and self.kernels.fit(x, mask, cache):
             x, found = self.kernels(x, self.turns(positions, x.dtype), mask, cache, taps, causal=mask is None)
             tapped |= found
         else:
-            mask = fused(_Decoder.group, cache)(self, mask, n, cache, x.dtype)
+            final = len(self.layers) - 1
+            alone = final if last_only and mask is None and final not in taps else None   # the layer that only the last token goes through
+            mask = fused(_Decoder.group, cache)(self, mask, tokens.shape[1], cache, x.dtype)
             rotary = fused(_Decoder.rotary, cache)(self, positions, x.dtype)
             for layer in self.layers:
                 x = layer(x, rotary, mask, cache, layer.index == alone)
@@ -1099,6 +1100,14 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, devic
     return model
 
 
+def _draft_ids(d2t: Tensor, vocab: int, tensors: _Tensors) -> Tensor:
+    """A draft vocabulary as ids of the target's [draft V], of its d2t. Raises CheckpointError where one is outside."""
+    ids = d2t + torch.arange(len(d2t), device=d2t.device)
+    if ids.min() < 0 or ids.max() >= vocab:
+        raise CheckpointError(f"{tensors.where}: tensor 'd2t' points outside the target's vocabulary of {vocab}")
+    return ids
+
+
 def default_taps(layers: int) -> tuple[int, int, int]:
     """The layers, of so many, whose outputs an EAGLE-3 head reads unless its config.json names others."""
     return 1, layers // 2 - 1, layers - 4
@@ -1144,9 +1153,7 @@ def load_eagle3(folder: str | Path, target: Model, *, pack: bool = True) -> Eagl
         head.embed_tokens = target.embed_tokens
     if not hasattr(head, "d2t"):
         head.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64, device=target.device))
-    reach = torch.arange(config.draft_vocab_size, device=target.device) + head.d2t
-    if reach.min() < 0 or reach.max() >= config.vocab_size:
-        raise CheckpointError(f"{tensors.where}: tensor 'd2t' points outside the target's vocabulary of {config.vocab_size}")
+    _draft_ids(head.d2t, config.vocab_size, tensors)
     head.graphs, head.compiled = target.graphs, target.compiled
     return head
 

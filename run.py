@@ -40,7 +40,7 @@ DEMO_HEAD = Path(__file__).resolve().parent / "assets" / "smollm2-135m-eagle3"
 DEMO_STORE = DEMO_HEAD.parent / "smollm2-135m-store.safetensors"   # tools/warm_store.py
 CALIBRATION = DEMO_HEAD.parent / "calibration"                     # tools/calibrate.py
 CPU_BUDGET, GPU_BUDGET = 15, 60      # nodes below the root where nothing was calibrated; a CPU pays for each, a large GPU hardly
-CPU_CHUNK, GPU_CHUNK = 512, 2048     # tokens of a prompt a forward; a GPU waits for the launches of 512 longer than for their work
+GPU_CHUNK = 2048                     # tokens of a prompt a forward, on a GPU, which waits for the launches of 512 longer than for their work
 PAPER = dict(budget=60, depth=7, draft_top_k=10, verify_cost=())   # EAGLE-3's defaults, on which the paper builds
 ABLATIONS = {                        # what bench runs besides the methods: the method, and what it changes
     "eagle_60": ("eagle", PAPER),
@@ -319,7 +319,7 @@ def set_up(args) -> Setup:
     config = GraftConfig(max_new_tokens=args.max_new_tokens, seed=args.seed, temperature=args.temperature, top_k=args.top_k,
                          top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty,
                          budget=args.budget or (CPU_BUDGET if device.type == "cpu" else GPU_BUDGET),
-                         prefill_chunk=CPU_CHUNK if device.type == "cpu" else GPU_CHUNK)
+                         prefill_chunk=GraftConfig.prefill_chunk if device.type == "cpu" else GPU_CHUNK)
     path = calibration(model) if not args.model else None
     path = Path(args.calibration) if args.calibration else path
     tuned = read_calibration(path) if path and (args.calibration or path.exists()) else {}

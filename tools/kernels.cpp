@@ -20,6 +20,14 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
+static inline Floats load(const float *from) {
+    Floats value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+static inline void store(float *to, Floats value) { std::memcpy(to, &value, sizeof value); }
+
 // Calls `run` with the number of rows, of at most R, as a constant: what is summed for so many stays in registers.
 template <int R, class Run>
 static inline void with_constant(int64_t rows, Run run) {
@@ -49,8 +57,8 @@ static void block(const uint32_t *w, const float *x, float *y, int64_t inputs, i
         }
     }
     for (int r = 0; r < R; r++) {
-        std::memcpy(y + r * outputs, &low[r], sizeof low[r]);
-        std::memcpy(y + r * outputs + LANES, &high[r], sizeof high[r]);
+        store(y + r * outputs, low[r]);
+        store(y + r * outputs + LANES, high[r]);
     }
 }
 
@@ -68,14 +76,6 @@ extern "C" void product(const uint32_t *w, const float *x, float *y, int64_t row
 }
 
 // ----------------------------------------------------------------------------------------------------- small operations
-
-static inline Floats load(const float *from) {
-    Floats value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
-
-static inline void store(float *to, Floats value) { std::memcpy(to, &value, sizeof value); }
 
 // e^x to two units in the last place: 2^n times a polynomial in what is left of x (Cephes' expf); 0 below -87.
 static inline Floats exponential(Floats x) {
@@ -330,9 +330,10 @@ extern "C" void layers(const Call *call, const Layer *layer, const float *x, con
     std::copy_n(x, size, to);
     std::fill_n(added, size, 0.0f);
     for (int64_t l = 0; l < a.layers; l++, layer++, cache += 2 * a.k * a.capacity * a.d) {
-        if (l || !given)
+        const bool is_given = given && !l;
+        if (!is_given)
             add_norm(to, added, layer->input_norm, a.eps, normed, a.n, a.hidden, a.threads);
-        product(layer->qkv, l || !given ? normed : given, rows, a.n, l || !given ? a.hidden : a.inputs, (a.h + 2 * a.k) * a.d, a.threads);
+        product(layer->qkv, is_given ? given : normed, rows, a.n, is_given ? a.inputs : a.hidden, (a.h + 2 * a.k) * a.d, a.threads);
         read(a, rows, cos, sin, cache, mask, layer->query_norm, layer->key_norm, middle);
         product(layer->o, middle, added, a.n, a.h * a.d, a.hidden, a.threads);
         add_norm(to, added, layer->attention_norm, a.eps, normed, a.n, a.hidden, a.threads);

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from demo_model import cache_folder, filled
-from model import KVCache, _Decoder
+from model import KVCache, Linear, _Decoder
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 NUMBER, POINTER = ctypes.c_int64, ctypes.c_void_p
@@ -95,6 +95,11 @@ def products() -> Callable:
     return blocks
 
 
+def matrices(layer: nn.Module) -> list[Linear]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return [attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj]
+
+
 class Layers:
     """All layers of a dense network whose matrices are Blocks, for tokens of one text; or the one of an EAGLE-3 head."""
 
@@ -104,8 +109,7 @@ class Layers:
         self.more = len(layers), layers[0].self_attn.qkv_proj.inputs, config.hidden_size, config.intermediate_size, config.rms_norm_eps
         self.weights = (Weights * len(layers))()
         for weights, layer in zip(self.weights, layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            blocks = [linear.blocks for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)]
+            attention, blocks = layer.self_attn, [linear.blocks for linear in matrices(layer)]
             norms = [layer.input_layernorm, layer.post_attention_layernorm, *((attention.q_norm, attention.k_norm) if attention.qk_norm else ())]
             factors = [norm.factors for norm in norms]
             self.held += blocks + factors                                          # alive as long as the pointers to them
@@ -137,5 +141,4 @@ def kernels(network: _Decoder) -> Layers | None:
     if network.config.moe_layers:
         raise ValueError("--compile on a CPU takes a dense model, and this one is a mixture of experts; leave it out")
     layers = list(getattr(network, "layers", [network]))                           # a head is its only layer
-    linears = [linear for layer in layers for linear in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)]
-    return Layers(network, layers) if all(linear.blocks for linear in linears) else None
+    return Layers(network, layers) if all(linear.blocks for layer in layers for linear in matrices(layer)) else None

@@ -108,11 +108,11 @@ def save_dflash(net: DFlash, folder: Path, note: dict, dtype: torch.dtype = torc
 
 
 @torch.no_grad()
-def validate(net: DFlash, texts: Texts, target: Model, args) -> list[float]:
+def validate(net: DFlash, rows: Tensor, texts: Texts, target: Model, args) -> list[float]:
     """On held-out answers: how often the first 1, 2, ... B - 1 guesses are all the target's choice, of the places where the text
-    itself is the target's choice up to there."""
+    itself is the target's choice up to there. rows: of the head, for the tokens that are guessed."""
     right, count, generator = torch.zeros(net.block_size - 1), torch.zeros(net.block_size - 1), torch.Generator().manual_seed(0)
-    H, rows = target.config.hidden_size, target.lm_head.weight if net.ids is None else target.lm_head.weight[net.ids]
+    H = target.config.hidden_size
     for tokens, features, kind in texts.batches(random.Random(0), args.batch_tokens):
         roots, after, inside = draw(net, kind, args.spacing, generator)
         row = torch.arange(len(tokens), device=args.device)[:, None, None]
@@ -142,14 +142,17 @@ def train(args) -> None:
         value = getattr(args, name)
         if not low <= value <= high:
             raise SystemExit(f"error: argument --{name} is {value}; expected {low} to {high}")
-    counts = sum(torch.bincount(safe_open(path, "pt").get_tensor("tokens").long(), minlength=target.config.vocab_size) for path in shards)
     if args.start:
         net = load_dflash(args.start, target, pack=False)
         net.head = None
     else:
-        mask = state["mask"] if state else int(counts.argmin())                    # a token that the text does not use
-        often = counts.argsort(descending=True, stable=True)[:args.vocab].sort().values
-        ids = state["net"]["d2t"] + torch.arange(len(often), device=args.device) if state else often.to(args.device)
+        if state:
+            mask, d2t = state["mask"], state["net"]["d2t"]
+            ids = d2t + torch.arange(len(d2t), device=args.device)
+        else:
+            counts = sum(torch.bincount(safe_open(path, "pt").get_tensor("tokens").long(), minlength=target.config.vocab_size) for path in shards)
+            mask = int(counts.argmin())                                            # a token that the text does not use
+            ids = counts.argsort(descending=True, stable=True)[:args.vocab].sort().values.to(args.device)
         net = new_net(target, default_taps(L), args.layers, args.block, mask, ids)
     net = net.float().to(args.device).requires_grad_()
     rows = target.lm_head.weight if net.ids is None else target.lm_head.weight[net.ids]
@@ -183,7 +186,7 @@ def train(args) -> None:
             if updates % 20 == 0:
                 report_progress(seen, args.tokens, running, (seen - start_seen) / (time.time() - began))
             if updates % args.validate == 0 or seen >= args.tokens:
-                history.append({"tokens": seen, "loss": round(running, 4), "accepted": validate(net, held, target, args)})
+                history.append({"tokens": seen, "loss": round(running, 4), "accepted": validate(net, rows, held, target, args)})
                 print(json.dumps(history[-1]), flush=True)
             if time.time() - saved_at > 300 or seen >= args.tokens:
                 with whole(state_file) as file:

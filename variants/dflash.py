@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from graft import Sampler  # noqa: E402
 from kernels import kernels  # noqa: E402
 from model import BUCKETS, Captured, CheckpointError, KVCache, Layer, Linear, Model, ModelConfig, RMSNorm, StaticCache  # noqa: E402
-from model import _Decoder, _fill, _stacked, _Tensors, fetch_checkpoint, read_json  # noqa: E402
+from model import _Decoder, _draft_ids, _fill, _stacked, _Tensors, fetch_checkpoint, read_json  # noqa: E402
 from tree import Tree  # noqa: E402
 
 DEMO_DRAFT = ROOT / "assets" / "smollm2-135m-dflash"
@@ -231,9 +231,7 @@ def load_dflash(folder: str | Path, target: Model, *, pack: bool = True) -> DFla
           target.mixed, products=target.products)
     net.graphs, net.compiled = target.graphs, target.compiled
     if hasattr(net, "d2t"):
-        net.ids = net.d2t + torch.arange(len(net.d2t), device=target.device)
-        if net.ids.min() < 0 or net.ids.max() >= V:
-            raise CheckpointError(f"{tensors.where}: tensor 'd2t' points outside the target's vocabulary of {V}")
+        net.ids = _draft_ids(net.d2t, V, tensors)
         if target.config.tie_word_embeddings:                              # a packed head shows no rows, the embeddings do
             net.head = Linear(H, len(net.ids))
             net.head.weight = nn.Parameter(target.embed_tokens.weight[net.ids], requires_grad=False)
