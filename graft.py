@@ -153,8 +153,9 @@ class Sampler:
     has spoken, guesses can lean towards what it favours.
     """
 
-    def __init__(self, config: GraftConfig, vocab_size: int, device):
+    def __init__(self, config: GraftConfig, vocab_size: int, device, kernels: Callable | None = None):
         self.config, self.stream, self.position = config, mix(torch.tensor(config.seed)), 0   # position of the token to be picked next
+        self.kernels = kernels                                                         # the target's
         self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)           # which tokens the text holds
         self.rows: dict[int, Tensor] = {}                                              # the noise of whole positions
 
@@ -186,7 +187,7 @@ class Sampler:
 
     def pick(self, logits: Tensor, tree: Tree) -> list[int]:
         """The target's token after each node: logits [n, V]."""
-        return likeliest(self.scores(logits, tree))
+        return likeliest(self.scores(logits, tree), self.kernels)
 
     def scores(self, logits: Tensor, tree: Tree) -> Tensor:
         """What the pick is the largest of: logits [n, V], penalised, at their temperature, truncated, with noise."""
@@ -242,10 +243,12 @@ def mix(numbers: Tensor) -> Tensor:
     return numbers ^ (numbers >> 31 & (1 << 33) - 1)
 
 
-def likeliest(logits: Tensor) -> list[int]:
+def likeliest(logits: Tensor, kernels: Callable | None = None) -> list[int]:
     """argmax of each row [n, V]. Raises ValueError where damaged weights, or a dtype too narrow for the model, left no number."""
     n, v = logits.shape
-    if logits.device.type != "cpu" or v % CHUNK:
+    if kernels and logits.dtype == torch.float32:
+        best, picks = (found[:, 0] for found in kernels.top(logits, 1))
+    elif logits.device.type != "cpu" or v % CHUNK:
         best, picks = logits.max(-1)                                                   # in bfloat16 four times as fast as argmax
     else:                                                                              # a CPU is slow to say where in a long row
         chunks = logits.view(n, -1, CHUNK)
@@ -295,12 +298,11 @@ class Beam:
     packed: Tensor | None = None   # the first three as one
 
     @classmethod
-    def choose(cls, logprobs: Tensor, ids: Tensor, top_k: int, scores: Tensor, hidden: Tensor, seen: Tensor) -> "Beam":
-        """From the frontier's log-probabilities [f, v] for tokens `ids` [v] or [f, v], and its S [f]."""
-        values, best = logprobs.topk(min(top_k, logprobs.shape[-1]), dim=-1)
+    def choose(cls, values: Tensor, ids: Tensor, top_k: int, scores: Tensor, hidden: Tensor, seen: Tensor) -> "Beam":
+        """From the children [f, k] of a frontier and its S [f]."""
         sums = (scores[:, None] + values).flatten()
         scores, kept = sums.topk(min(top_k, len(sums)))
-        return cls(values, ids.expand_as(logprobs).gather(1, best), kept, scores, hidden, seen)
+        return cls(values, ids, kept, scores, hidden, seen)
 
     @classmethod
     def greedy(cls, logits: Tensor, ids: Tensor, top_k: int, *rest) -> "Beam":
@@ -310,7 +312,8 @@ class Beam:
         if v % CHUNK == 0 and v > CHUNK >= top_k:
             some = logits.view(f, -1, CHUNK).topk(top_k, dim=-1, sorted=False).indices                  # [f, chunks, k]
             best = (some + torch.arange(0, v, CHUNK, device=ids.device)[:, None]).flatten(1)
-        beam = cls.choose(logits.float().log_softmax(-1).gather(1, best), ids[best], top_k, *rest)
+        values, found = logits.float().log_softmax(-1).gather(1, best).topk(top_k, dim=-1)
+        beam = cls.choose(values, ids[best.gather(1, found)], top_k, *rest)
         beam.packed = torch.cat((beam.values.flatten().double(), beam.ids.flatten().double(), beam.kept.double()))
         return beam
 
@@ -318,7 +321,7 @@ class Beam:
         """The next frontier's tokens [1, n], its parents' hidden [1, n, H], which its children share, and what it sees [n, r + n]."""
         parents = self.kept // self.ids.shape[1]
         own = torch.eye(len(self.kept), dtype=torch.bool, device=self.kept.device)
-        return self.ids.flatten()[self.kept][None], self.hidden[:, parents], torch.cat((self.seen[parents], own), dim=1)
+        return self.ids.flatten().index_select(0, self.kept)[None], self.hidden.index_select(1, parents), torch.cat((self.seen.index_select(0, parents), own), dim=1)
 
     def read(self) -> tuple[list[list[float]], list[list[int]], list[int]]:
         """Values, ids and kept on the host."""
@@ -347,7 +350,7 @@ class Drafter:
         """Run committed tokens [1, m] and keep their rows; what follows the last of them is where a tree starts."""
         start, count = self.cache.length, tokens.shape[1]
         self.cache.reserve(start + count)
-        positions = torch.arange(start, start + count, device=tokens.device)[None] + self.dropped
+        positions = torch.arange(start + self.dropped, start + self.dropped + count, device=tokens.device)[None]
         logits, hidden = self.step(tokens, hidden, positions, None)                # no mask: the last token's logits are enough
         self.cache.commit(list(range(count)))
         self.logits, self.hidden = logits[:, -1], hidden[:, -1:]
@@ -370,8 +373,7 @@ class Drafter:
 
     def grow(self, above: Beam | None, step: int, top_k: int, sampler: Sampler) -> Beam:
         """An expansion step below the one above, or from what was read last."""
-        logits, hidden, device = self.logits, self.hidden, self.ids.device
-        scores, seen = torch.zeros(1, dtype=torch.float64, device=device), torch.zeros(1, 0, dtype=torch.bool, device=device)
+        device = self.ids.device
         if above:
             tokens, hidden, seen = above.frontier()
             (n, rows), scores = seen.shape, above.scores
@@ -379,7 +381,15 @@ class Drafter:
             logits, hidden = self.step(tokens, hidden, positions, seen)
             logits = logits[0]
             self.cache.commit(list(range(n)))
-        return Beam.choose(sampler.lean(logits, step, self.ids), self.ids, top_k, scores, hidden, seen)
+        else:
+            logits, hidden, scores = self.logits, self.hidden, torch.zeros(1, dtype=torch.float64, device=device)
+            seen = torch.zeros(1, 0, dtype=torch.bool, device=device)
+        kernels, k = self.network and self.network.kernels, min(top_k, len(self.ids))
+        if kernels and sampler.plain:
+            values, best = kernels.top(logits, k, logs=True)
+        else:
+            values, best = sampler.lean(logits, step, self.ids).topk(k, dim=-1)
+        return Beam.choose(values, self.ids.take(best), top_k, scores, hidden, seen)
 
     def chain(self, depth: int, top_k: int) -> "Chain | None":
         """The graphs of expansion steps, where there can be any."""
@@ -532,7 +542,7 @@ class Sequence:
         if self.method.draft and self.drafter is None:
             raise ValueError(f"method '{config.method}' needs a draft head; give one, or use ar or retrieve")
         self.eos = set(model.config.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids)
-        self.sampler = Sampler(config, vocab, model.device)
+        self.sampler = Sampler(config, vocab, model.device, model.kernels)
         self.stats, self.output = Stats(prompt_tokens=len(prompt)), []
 
     @property
@@ -702,9 +712,9 @@ def verify(model: Model, sequences: list[Sequence], trees: list[Tree]) -> list[t
     cache, mask = (caches[0], masks[0]) if len(trees) == 1 else (PackedCache(caches, sizes), masks)
     taps = sequences[0].drafter.taps if sequences[0].drafter else ()
     logits, features = model(tokens, positions, cache, mask, taps=taps)
-    features = features.split(sizes, dim=1) if taps else [None] * len(trees)
+    features = features.split_with_sizes(sizes, dim=1) if taps else [None] * len(trees)
     verified = []
-    for sequence, tree, own, feature in zip(sequences, trees, logits[0].split(sizes), features):
+    for sequence, tree, own, feature in zip(sequences, trees, logits[0].split_with_sizes(sizes), features):
         picks = sequence.sampler.pick(own, tree)
         verified.append((tree.accept(picks), picks, own, feature))
     for sequence in sequences:

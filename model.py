@@ -862,21 +862,21 @@ class Model(_Decoder):
         x = self.embed_tokens(tokens)                                              # [b, n, H]
         if mask is not None or tokens.numel() <= SHORT:
             x = self.wide(x)
-        tapped = {-1: x} if taps else {}
+        final = len(self.layers) - 1
+        alone = last_only and mask is None and final not in taps                   # only the last token goes through the last layer
         if self.kernels and self.kernels.fit(x, mask, cache):
-            x, found = self.kernels(x, self.turns(positions, x.dtype), mask, cache, taps, causal=mask is None)
-            tapped |= found
+            _, normed, features = self.kernels(x, positions, mask, cache, taps, causal=mask is None, alone=alone)
         else:
-            final = len(self.layers) - 1
-            alone = final if last_only and mask is None and final not in taps else None   # the layer that only the last token goes through
+            tapped = {-1: x}
             mask = fused(_Decoder.group, cache)(self, mask, tokens.shape[1], cache, x.dtype)
             rotary = fused(_Decoder.rotary, cache)(self, positions, x.dtype)
             for layer in self.layers:
-                x = layer(x, rotary, mask, cache, layer.index == alone)
+                x = layer(x, rotary, mask, cache, alone and layer.index == final)
                 if layer.index in taps:
                     tapped[layer.index] = x
-        logits = self.lm_head(self.norm(self.wide(x[:, -1:] if last_only else x)))
-        return logits, torch.cat([tapped[i] for i in taps], dim=-1) if taps else None
+            normed = self.norm(self.wide(x[:, -1:] if last_only else x))
+            features = torch.cat([tapped[i] for i in taps], dim=-1) if taps else None
+        return self.lm_head(normed[:, -1:] if last_only else normed), features
 
 
 class Eagle3(_Decoder):
@@ -916,17 +916,16 @@ class Eagle3(_Decoder):
 
     def run(self, tokens: Tensor, hidden: Tensor, positions: Tensor, cache: "KVCache | StaticCache", mask: Tensor | None,
             last_only: bool) -> tuple[Tensor, Tensor]:
-        x = self.embed_tokens(tokens).to(hidden.dtype)
-        x = torch.cat((self.input_layernorm(x), self.hidden_norm(hidden)), dim=-1) # [b, n, 2H]
-        alone = last_only and mask is None
+        x, alone = self.embed_tokens(tokens).to(hidden.dtype), last_only and mask is None
         if self.kernels and self.kernels.fit(hidden, mask, cache):
-            hidden, _ = self.kernels(hidden, self.turns(positions, x.dtype), mask, cache, causal=mask is None, given=x)
-            hidden = hidden[:, -1:] if alone else hidden
+            hidden, normed, _ = self.kernels(hidden, positions, mask, cache, causal=mask is None, alone=alone, given=x)
         else:
+            x = torch.cat((self.input_layernorm(x), self.hidden_norm(hidden)), dim=-1)                      # [b, n, 2H]
             mask = None if alone else self.group(mask, tokens.shape[1], cache, x.dtype)
             hidden = (hidden[:, -1:] if alone else hidden) + self.self_attn(x, self.rotary(positions, x.dtype), mask, partial(cache.attend, 0), alone)
             hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return self.lm_head(self.norm(self.wide(hidden[:, -1:] if last_only else hidden))), hidden
+            normed = self.norm(self.wide(hidden[:, -1:] if last_only else hidden))
+        return self.lm_head(normed[:, -1:] if last_only else normed), hidden
 
 
 # ------------------------------------------------------------------------------------------------------------ loading

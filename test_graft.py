@@ -18,6 +18,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -1131,7 +1132,8 @@ def test_choosing_in_chunks_is_choosing(f, v, top_k, rng):
     logits, ids = torch.randn(f, v, generator=generator) * 3, torch.randperm(v, generator=generator)
     logits[:, :top_k] += rng.choice([0, 20])
     rest = top_k, torch.randn(f, generator=generator).double(), torch.zeros(1, f, 4), torch.zeros(f, 0, dtype=torch.bool)
-    whole, chunks = Beam.choose(logits.log_softmax(-1), ids, *rest), Beam.greedy(logits, ids, *rest)
+    values, best = logits.log_softmax(-1).topk(min(top_k, v), dim=-1)
+    whole, chunks = Beam.choose(values, ids[best], *rest), Beam.greedy(logits, ids, *rest)
     assert all(torch.equal(getattr(whole, name), getattr(chunks, name)) for name in ("values", "ids", "kept", "scores"))
     assert whole.read() == chunks.read() == (whole.values.tolist(), whole.ids.tolist(), whole.kept.tolist())
 
@@ -1372,14 +1374,15 @@ def in_c(model: Model) -> tuple[Model, Model]:
 @needs_compiler
 @pytest.mark.parametrize("compiler", [COMPILER, narrower])
 def test_compiled_layers_are_the_layers(compiler, tmp_path_factory, monkeypatch):
-    """Logits, features and cache rows against float64: prompts and trees behind any length, head sizes that fill registers and others, flat and sharp attention."""
+    """Logits, features and cache rows against float64: prompts and trees behind any length, a few columns and several panels of them, head sizes that fill
+    registers and others, flat and sharp attention."""
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("CXX", compiler)
     shapes = st.sampled_from([(4, 2, 64), (3, 1, 128), (2, 2, 16), (6, 1, 20), (2, 1, 8)])
 
-    @given(shapes, st.integers(1, 60), st.integers(0, 90), st.sampled_from(("prompt", "tree", "block")), st.booleans(), st.sampled_from((0.1, 1.0, 3.0)), st.integers(1, 3),
-           st.sampled_from([(), (-1, 0, 2), (1,)]), st.integers(0, 2**31))
-    def check(shape, n, length, kind, normed, sharp, threads, taps, seed):
+    @given(shapes, st.integers(1, 60), st.integers(0, 90) | st.integers(440, 1100), st.sampled_from(("prompt", "tree", "block")), st.booleans(),
+           st.sampled_from((0.1, 1.0, 3.0)), st.integers(1, 3), st.sampled_from([(), (-1, 0, 2), (1, 1)]), st.booleans(), st.integers(0, 2**31))
+    def check(shape, n, length, kind, normed, sharp, threads, taps, last, seed):
         generator, before = torch.Generator().manual_seed(seed), torch.get_num_threads()
         config = replace(MODEL.config, **dict(zip(("num_attention_heads", "num_key_value_heads", "head_dim"), shape)), hidden_size=64, intermediate_size=96,
                          num_hidden_layers=3, qk_norm=normed, vocab_size=64)
@@ -1392,15 +1395,18 @@ def test_compiled_layers_are_the_layers(compiler, tmp_path_factory, monkeypatch)
         caches[1].rows.copy_(caches[0].rows)
         caches[0].length = caches[1].length = length
         tokens, positions = torch.randint(0, 64, (1, n), generator=generator), length + torch.arange(n)[None]
-        mask = torch.rand(n, n, generator=generator).round().bool() | torch.eye(n, dtype=torch.bool) if kind == "tree" else torch.ones(n, n, dtype=torch.bool)
+        mask = torch.ones(n, n, dtype=torch.bool)
+        if kind == "tree":                                                         # its mask may begin before its tokens; each sees the last
+            mask = torch.rand(n, n + (seed // 2 % (length + 1) if seed % 2 else 0), generator=generator).round().bool()
+            mask[:, -1] = True
         torch.set_num_threads(threads)
         try:
             with torch.inference_mode():
-                (logits, features), (expected, wanted) = (network(tokens, positions, cache, None if kind == "prompt" else mask, taps=taps)
+                (logits, features), (expected, wanted) = (network(tokens, positions, cache, None if kind == "prompt" else mask, taps=taps, last_only=last)
                                                           for network, cache in zip((twin, exact), caches))
                 if kind == "block":                                                # without a mask all see all
                     x = twin.embed_tokens(tokens)
-                    seen, masked = (twin.kernels(x, twin.turns(positions, x.dtype), own, caches[0])[0] for own in (None, mask))
+                    seen, masked = (twin.kernels(x, positions, own, caches[0])[1] for own in (None, mask))
                     assert torch.equal(seen, masked)
         finally:
             torch.set_num_threads(before)
@@ -1409,6 +1415,35 @@ def test_compiled_layers_are_the_layers(compiler, tmp_path_factory, monkeypatch)
         for found, right in pairs:
             assert (found - right).abs().max() <= 1e-4 * right.abs().max()
         assert torch.equal(caches[0].rows[:, :, :, length + n:].double(), caches[1].rows[:, :, :, length + n:])       # nothing written behind
+
+    check()
+
+
+@needs_compiler
+@pytest.mark.parametrize("compiler", [COMPILER, narrower])
+def test_the_compiled_search_for_the_likeliest_finds_them(compiler, tmp_path_factory, monkeypatch):
+    """In order, of equals the first; and where a number is missing, none."""
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("CXX", compiler)
+    top = in_c(tiny(1, hidden_size=64, intermediate_size=96))[0].kernels.top
+
+    @given(st.integers(1, 4), st.integers(1, 700), st.integers(1, 12), st.sampled_from((1.0, 8.0)), st.integers(0, 3), st.integers(0, 2**31))
+    def check(n, size, k, spread, infinite, seed):
+        generator, k = torch.Generator().manual_seed(seed), min(k, size)
+        rows = (torch.randn(n, size, generator=generator) * spread).round()                 # with ties
+        rows[:, torch.randperm(size, generator=generator)[:min(infinite, size - k)]] = -math.inf
+        places = [sorted(range(size), key=lambda i: (-row[i], i))[:k] for row in rows.tolist()]
+        values, found = top(rows, k)
+        assert found.tolist() == places and torch.equal(values, rows.gather(1, found))
+        values, found = top(rows, k, logs=True)
+        assert found.tolist() == places
+        torch.testing.assert_close(values.double(), rows.double().log_softmax(-1).gather(1, found), atol=1e-5, rtol=1e-6)
+        rows[0, seed % size] = math.nan
+        for logs in (False, True):
+            values, _ = top(rows, k, logs)
+            assert values[0].isnan().all() and not values[1:].isnan().any()
+        with pytest.raises(ValueError, match="not finite"):
+            likeliest(rows, SimpleNamespace(top=top))
 
     check()
 

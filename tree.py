@@ -78,6 +78,8 @@ class Tree:
 
     def top(self, k: int) -> "Tree":
         """The root and the k likeliest nodes, in the old order. Prefix-closed, because a child never scores above its parent."""
+        if k >= len(self) - 1:
+            return self
         kept = [0] + sorted(self.best(range(1, len(self)), k))
         return self.select(kept)
 
@@ -143,15 +145,16 @@ class Tree:
 
     def mask(self, device="cpu") -> Tensor:
         """bool [n, n], True = attend: every node sees its ancestors and itself, besides all committed tokens."""
-        parents = torch.tensor([max(parent, 0) for parent in self.parents])
-        seen = torch.eye(len(self), dtype=torch.bool)
-        for _ in range(max(self.depths)):     # after step i, a node sees its i nearest ancestors
-            seen |= seen[parents]
-        return seen.to(device)
+        n, seen = len(self), bytearray(len(self)**2)
+        for node, parent in enumerate(self.parents):
+            if node:
+                seen[node * n:node * n + n] = seen[parent * n:parent * n + n]
+            seen[node * n + node] = 1
+        return torch.frombuffer(seen, dtype=torch.bool).view(n, n).to(device)
 
     def positions(self, start: int, device="cpu") -> Tensor:
         """int64 [n]: the root's position `start` plus each node's depth."""
-        return torch.tensor(self.depths, device=device) + start
+        return torch.tensor([start + depth for depth in self.depths], device=device)
 
     def accept(self, picks: list[int]) -> list[int]:
         """The acceptance walk: picks[i] is the token the target puts after node i. Returns the nodes it agrees with, from the

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -38,44 +39,67 @@ static inline void with_constant(int64_t rows, Run run) {
 }
 
 // ------------------------------------------------------------------------------------------------------------ y = x W^T
-//
-// A few rows x of a small model wait for W to arrive from memory, and a CPU's own prefetching stops at each page: here W is asked for
-// AHEAD words early. It comes as words [outputs / BLOCK][inputs][LANES], the weights of an output in their low halves and of the LANES-th
-// after it in their high ones, so that it is read from front to back, once for up to ROWS rows of x, whose sums stay in registers.
 
-template <int R>
-static void block(const uint32_t *w, const float *x, float *y, int64_t inputs, int64_t outputs) {
+// R rows of x [R][inputs] times the two registers of weights that `weights` gives for each input -> y [R][BLOCK], rows `stride` apart.
+template <int R, class Weights>
+static inline void block(const float *x, float *y, int64_t inputs, int64_t stride, Weights weights) {
     Floats low[R] = {}, high[R] = {};
-    for (int64_t k = 0; k < inputs; k++, w += LANES) {
-        __builtin_prefetch(w + AHEAD);
-        Words pairs;
-        std::memcpy(&pairs, w, sizeof pairs);
-        Floats first = (Floats)(pairs << 16), second = (Floats)(pairs & 0xffff0000);
+    for (int64_t k = 0; k < inputs; k++) {
+        Floats first, second;
+        weights(k, first, second);
         for (int r = 0; r < R; r++) {
             low[r] += first * x[r * inputs + k];
             high[r] += second * x[r * inputs + k];
         }
     }
     for (int r = 0; r < R; r++) {
-        store(y + r * outputs, low[r]);
-        store(y + r * outputs + LANES, high[r]);
+        store(y + r * stride, low[r]);
+        store(y + r * stride + LANES, high[r]);
+    }
+}
+
+// The same for any number of rows, in equal parts whose sums stay in registers.
+template <class Weights>
+static inline void blocks(const float *x, float *y, int64_t rows, int64_t inputs, int64_t stride, Weights weights) {
+    const int64_t parts = (rows + ROWS - 1) / ROWS;
+    for (int64_t part = 0; part < parts; part++) {
+        const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
+        with_constant<ROWS>(end - begin, [&](auto r) { block<r>(x + begin * inputs, y + begin * stride, inputs, stride, weights); });
     }
 }
 
 extern "C" const int64_t block_size = BLOCK;
 
-// x [rows][inputs], y [rows][outputs]; outputs is a multiple of BLOCK.
+// x [rows][inputs], y [rows][outputs]; outputs is a multiple of BLOCK. A few rows of a small model wait for W to arrive from memory, and a CPU's own
+// prefetching stops at each page: here W is asked for AHEAD words early. It comes as words [outputs / BLOCK][inputs][LANES], the weights of an output in
+// their low halves and of the LANES-th after it in their high ones, so that it is read from front to back, once for up to ROWS rows.
 extern "C" void product(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs, int64_t threads) {
-    const int64_t parts = (rows + ROWS - 1) / ROWS;
     #pragma omp parallel for num_threads(threads)
     for (int64_t o = 0; o < outputs; o += BLOCK)
-        for (int64_t part = 0; part < parts; part++) {
-            const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
-            with_constant<ROWS>(end - begin, [&](auto r) { block<r>(w + o / 2 * inputs, x + begin * inputs, y + begin * outputs + o, inputs, outputs); });
-        }
+        blocks(x, y + o, rows, inputs, outputs, [own = w + o / 2 * inputs](int64_t k, Floats &first, Floats &second) {
+            Words pairs;
+            __builtin_prefetch(own + k * LANES + AHEAD);
+            std::memcpy(&pairs, own + k * LANES, sizeof pairs);
+            first = (Floats)(pairs << 16);
+            second = (Floats)(pairs & 0xffff0000);
+        });
 }
 
 // ----------------------------------------------------------------------------------------------------- small operations
+
+static inline float sum(Floats lanes) {
+    float all = 0;
+    for (int64_t lane = 0; lane < LANES; lane++)
+        all += lanes[lane];
+    return all;
+}
+
+static inline float largest(Floats lanes) {
+    float most = lanes[0];
+    for (int64_t lane = 1; lane < LANES; lane++)
+        most = std::max(most, lanes[lane]);
+    return most;
+}
 
 // e^x to two units in the last place: 2^n times a polynomial in what is left of x (Cephes' expf); 0 below -87.
 static inline Floats exponential(Floats x) {
@@ -111,40 +135,86 @@ static void add_norm(float *x, const float *added, const float *weight, float ep
     }
 }
 
-// SwiGLU's middle: rows [n][2 size] of a gate and what it lets through -> [n][size].
+// SwiGLU's middle: rows [n][2 size] of a gate and what it lets through -> [n][size]; size is a multiple of LANES.
 static void gate(const float *rows, float *to, int64_t n, int64_t size, int64_t threads) {
     #pragma omp parallel for collapse(2) num_threads(threads) if (n * size >= MUCH)
     for (int64_t row = 0; row < n; row++)
         for (int64_t i = 0; i < size; i += LANES) {
-            const float *own = rows + 2 * row * size + i;
-            const int64_t count = std::min(LANES, size - i);
-            Floats x{}, up{};
-            std::memcpy(&x, own, count * sizeof(float));
-            std::memcpy(&up, own + size, count * sizeof(float));
-            x = x / (1.0f + exponential(-x)) * up;
-            std::memcpy(to + row * size + i, &x, count * sizeof(float));
+            const Floats x = load(rows + 2 * row * size + i), up = load(rows + (2 * row + 1) * size + i);
+            store(to + row * size + i, x / (1.0f + exponential(-x)) * up);
         }
+}
+
+// The `count` largest of each row of x [n][size], best first, of equals the first -> values and places [n][count]. logs: the values less the logarithm
+// of the sum of all e^x. Where something in a row is no number, none of its values is.
+extern "C" void top(const float *x, int64_t n, int64_t size, int64_t count, int64_t logs, int64_t threads, float *values, int64_t *places) {
+    constexpr int64_t MANY = 8 * LANES;                                       // looked at one by one only where their largest counts
+    #pragma omp parallel for num_threads(threads) if (n * size >= MUCH)
+    for (int64_t row = 0; row < n; row++) {
+        const float *own = x + row * size;
+        float *best = values + row * count, *least = best + count - 1;
+        int64_t *at = places + row * count;
+        const auto lanes = [&](int64_t i) {
+            Floats some = Floats{} - INFINITY;
+            if (i + LANES <= size)
+                return load(own + i);
+            std::memcpy(&some, own + i, (size - i) * sizeof(float));
+            return some;
+        };
+        std::fill_n(best, count, -INFINITY);
+        std::fill_n(at, count, 0);
+        Floats sums{}, numbers{};
+        for (int64_t begin = 0; begin < size; begin += MANY) {
+            const int64_t end = std::min(begin + MANY, size);
+            Floats most = Floats{} - INFINITY;
+            for (int64_t i = begin; i < end; i += LANES) {
+                const Floats some = lanes(i);
+                most = some > most ? some : most;
+                numbers = some == some ? numbers : some;
+            }
+            for (int64_t i = begin; i < end && largest(most) > *least; i++)
+                if (own[i] > *least) {
+                    int64_t place = count - 1;
+                    for (; place > 0 && own[i] > best[place - 1]; place--) {
+                        best[place] = best[place - 1];
+                        at[place] = at[place - 1];
+                    }
+                    best[place] = own[i];
+                    at[place] = i;
+                }
+        }
+        for (int64_t i = 0; logs && i < size; i += LANES)
+            sums += exponential(lanes(i) - *best);
+        const float less = sum(numbers) + (logs ? *best + std::log(sum(sums)) : 0);
+        for (int64_t i = 0; i < count; i++)
+            best[i] -= less;
+    }
 }
 
 // ------------------------------------------------------------------------------------------------------------ attention
 //
-// A transposed tile of LANES keys serves all rows of queries that a thread has for their head, and each row's sums of keys' and values' products stay in
-// registers. `stride` is m rounded up to LANES.
+// For some rows of queries and some columns at a time, whose scores stay near, with the softmax of Milakov and Gimelshein (arXiv 1805.02867): what was
+// summed so far is scaled down where a larger score is met.
 
 struct Call {
-    int64_t n, m, w, causal;                       // tokens; columns, their own n among them; the last w of them have a mask; whether a token sees none behind it
+    int64_t n, m, w, causal, first;                // tokens; columns, their own n among them; the last w of them have a mask; whether a token sees none behind it; whose results are wanted
     int64_t h, k, d, capacity, threads;            // heads; head size; rows of the cache
-    int64_t layers, inputs, hidden, middle;        // and the sizes of what is given, of a hidden state and of an MLP's middle
-    float eps;
+    int64_t layers, inputs, hidden, middle, taps;  // and the sizes of what the first layer reads, of a hidden state and of an MLP's middle; layers to tell of
+    float eps, factor;                             // of norms; on cos and sin
 };
 
-// LANES rows of d numbers, or the first `rows` of so many -> [d][LANES]: squares of registers are riffled until they are transposed.
+constexpr int64_t MANY = 96, PANEL = 512;          // rows, and columns
+constexpr int64_t SOME = LANES == 16 ? 6 : 2, TILE = 64;                      // rows that share what is in registers; values that stay nearest
+
+// Up to LANES rows of d numbers, what lacks being 0 -> [d][LANES], rows BLOCK apart: squares of registers are riffled until they are transposed.
 static void transpose(const float *from, int64_t rows, int64_t d, float *to) {
     int64_t i = 0;
-    for (; rows == LANES && i + LANES <= d; i += LANES) {
+    for (; rows >= LANES && i + LANES <= d; i += LANES) {
         Floats some[LANES], next[LANES];
-        for (int64_t r = 0; r < LANES; r++)
+        for (int64_t r = 0; r < LANES; r++) {
+            __builtin_prefetch(from + (r + 2 * BLOCK) * d + i);
             some[r] = load(from + r * d + i);
+        }
         for (int64_t turn = 1; turn < LANES; turn *= 2) {
             for (int64_t r = 0; r < LANES / 2; r++) {
 #ifdef __AVX512F__
@@ -158,50 +228,35 @@ static void transpose(const float *from, int64_t rows, int64_t d, float *to) {
             std::memcpy(some, next, sizeof some);
         }
         for (int64_t r = 0; r < LANES; r++)
-            store(to + (i + r) * LANES, some[r]);
+            store(to + (i + r) * BLOCK, some[r]);
     }
     for (; i < d; i++)
         for (int64_t r = 0; r < LANES; r++)
-            to[i * LANES + r] = r < rows ? from[r * d + i] : 0;
+            to[i * BLOCK + r] = r < rows ? from[r * d + i] : 0;
 }
 
-// The products of R queries with LANES keys [d][LANES].
-template <int R>
-static void products(const float *const *queries, const float *keys, int64_t d, float *to, int64_t stride) {
-    Floats even[R] = {}, odd[R] = {};
-    for (int64_t i = 0; i < d; i += 2) {
-        const Floats key = load(keys + i * LANES), next = load(keys + (i + 1) * LANES);
-        for (int r = 0; r < R; r++) {
-            even[r] += key * queries[r][i];
-            odd[r] += next * queries[r][i + 1];
-        }
-    }
-    for (int r = 0; r < R; r++)
-        store(to + r * stride, even[r] + odd[r]);
+// The products of some queries with BLOCK keys [d][BLOCK].
+static void products(const float *queries, const float *keys, int64_t rows, int64_t d, float *to) {
+    blocks(queries, to, rows, d, PANEL, [keys](int64_t i, Floats &first, Floats &second) {
+        first = load(keys + i * BLOCK);
+        second = load(keys + i * BLOCK + LANES);
+    });
 }
 
-constexpr int64_t SOME = LANES == 16 ? 6 : 2, MANY = 48, TILE = 64;           // rows that share what is in registers, and in caches; values there
-
-// The softmax of m scores, but for its division: returns what each is to be divided by.
-static float soften(float *scores, int64_t m) {
-    float highest = -INFINITY, sum = 0;
-    for (int64_t c = m; c % LANES; c++)
-        scores[c] = -INFINITY;
-    Floats most = load(scores), sums{};
-    for (int64_t c = 0; c < m; c += LANES) {
+// Each of these scores, their number being a multiple of LANES, becomes e^(score - highest); returns their sum. `highest` rises to the largest of them.
+static float soften(float *scores, int64_t count, float &highest) {
+    Floats most = Floats{} + highest, sums{};
+    for (int64_t c = 0; c < count; c += LANES) {
         const Floats some = load(scores + c);
         most = some > most ? some : most;
     }
-    for (int64_t lane = 0; lane < LANES; lane++)
-        highest = std::max(highest, most[lane]);
-    for (int64_t c = 0; c < m; c += LANES) {
+    highest = largest(most);
+    for (int64_t c = 0; c < count; c += LANES) {
         const Floats some = exponential(load(scores + c) - highest);
         store(scores + c, some);
         sums += some;
     }
-    for (int64_t lane = 0; lane < LANES; lane++)
-        sum += sums[lane];
-    return sum;
+    return sum(sums);
 }
 
 // To R rows' sums of the values, each times its score, those from `begin` to `end` are added.
@@ -228,86 +283,98 @@ static void mix(const float *scores, const float *values, int64_t stride, int64_
                     to[r][i] += scores[r * stride + c] * values[c * d + i];
 }
 
-// Up to MANY rows, of these tokens, over one head's keys and values [m][d]. V is the number of registers that a head fills, or 0: any head size.
+// Up to MANY rows of queries [rows][d], of these tokens, over one head's keys and values [m][d]. V is the number of registers that a head fills, or 0: any
+// head size.
 template <int V>
-static void attend(const Call &a, int64_t rows, const int64_t *tokens, const float *const *queries, const bool *mask, const float *keys, const float *values,
-                   float *const *to, float *scores, float *turned, int64_t stride) {
-    float by[MANY];
-    int64_t seen[MANY], m = 0;                                                // columns: of a row, of all
-    for (int64_t r = 0; r < rows; r++)
-        m = std::max(m, seen[r] = a.causal ? a.m - a.n + tokens[r] + 1 : a.m);
-    for (int64_t c = 0; c < m; c += LANES) {
-        transpose(keys + c * a.d, std::min(LANES, m - c), a.d, turned);
-        for (int64_t r = 0; r < rows; r += SOME)
-            with_constant<SOME>(std::min(SOME, rows - r), [&](auto some) { products<some>(queries + r, turned, a.d, scores + r * stride + c, stride); });
-    }
+static void attend(const Call &a, int64_t rows, const int64_t *tokens, const float *queries, const bool *mask, const float *keys, const float *values,
+                   float *const *to, float *scores, float *turned) {
+    float highest[MANY], by[MANY];
+    int64_t seen[MANY], most = 0;                                             // columns: of a row, of all
     for (int64_t r = 0; r < rows; r++) {
-        float *own = scores + r * stride;
-        std::fill(own + seen[r], own + m, -INFINITY);
-        for (int64_t c = 0; c < a.w; c++)
-            if (!mask[tokens[r] * a.w + c])
-                own[m - a.w + c] = -INFINITY;
-        by[r] = soften(own, m);
+        most = std::max(most, seen[r] = a.causal ? a.m - a.n + tokens[r] + 1 : a.m);
+        highest[r] = std::numeric_limits<float>::lowest();
+        by[r] = 0;
         std::fill_n(to[r], a.d, 0.0f);
     }
-    for (int64_t c = 0; c < m; c += TILE)                                     // so many values stay near while all rows take them
-        for (int64_t r = 0; r < rows; r += SOME)
-            with_constant<SOME>(std::min(SOME, rows - r), [&](auto some) { mix<V, some>(scores + r * stride, values, stride, c, std::min(c + TILE, m), a.d, to + r); });
+    for (int64_t begin = 0; begin < most; begin += PANEL) {
+        const int64_t width = std::min(PANEL, most - begin), whole = (width + BLOCK - 1) / BLOCK * BLOCK, masked = a.m - a.w - begin;
+        for (int64_t c = 0; c < width; c += BLOCK) {
+            transpose(keys + (begin + c) * a.d, width - c, a.d, turned);
+            transpose(keys + (begin + c + LANES) * a.d, width - c - LANES, a.d, turned + LANES);
+            products(queries, turned, rows, a.d, scores + c);
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            float *own = scores + r * PANEL;
+            std::fill(own + std::clamp<int64_t>(seen[r] - begin, 0, width), own + whole, -INFINITY);
+            for (int64_t c = std::max<int64_t>(masked, 0); a.w && c < width; c++)
+                if (!mask[tokens[r] * a.w + c - masked])
+                    own[c] = -INFINITY;
+            const float before = highest[r], added = soften(own, whole, highest[r]), scale = std::exp(before - highest[r]);
+            by[r] = by[r] * scale + added;
+            for (int64_t i = 0; begin && i < a.d; i++)
+                to[r][i] *= scale;
+        }
+        for (int64_t c = 0; c < width; c += TILE)
+            for (int64_t r = 0; r < rows; r += SOME)
+                with_constant<SOME>(std::min(SOME, rows - r), [&](auto some) {
+                    mix<V, some>(scores + r * PANEL, values + begin * a.d, PANEL, c, std::min(c + TILE, width), a.d, to + r);
+                });
+    }
     for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < a.d; i++)
             to[r][i] /= by[r];
 }
 
-// rows [n][(h + 2k) d] of queries, keys and values: norms of query and key heads, where there are weights; rotation by cos and sin [n][d], the first half of
-// sin being negative; keys and values go into the cache, kept [2k][capacity][d], behind m - n others; attention, under mask [n][w] -> to [n][h d].
-static void read(const Call &a, const float *rows, const float *cos, const float *sin, float *kept, const bool *mask, const float *query_norm,
-                 const float *key_norm, float *to) {
-    const int64_t heads = a.h + 2 * a.k, g = a.h / a.k, all = a.h * a.n, half = a.d / 2, stride = (a.m + LANES - 1) / LANES * LANES;
+// rows [n][(h + 2k) d] of queries, keys and values: norms of query and key heads, where there are weights, and rotation by cos and sin [n][d / 2]. Keys and
+// values go into the cache, kept [2k][capacity][d], behind m - n others; queries of the tokens from `first` on, with attention's scale -> [h][n - first][d].
+static void turn(const Call &a, const float *rows, const float *cos, const float *sin, const float *query_norm, const float *key_norm, int64_t first,
+                 float *queries, float *kept) {
+    const int64_t heads = a.h + 2 * a.k, half = a.d / 2;
     const float scale = 1 / std::sqrt((float)a.d);
-    std::vector<Floats> room(all * a.d / LANES + 1);                          // aligned
-    float *queries = (float *)room.data();
-    #pragma omp parallel num_threads(a.threads)
-    {
-        std::vector<float> normed(a.d);
-        #pragma omp for
-        for (int64_t head = 0; head < heads; head++)
-            for (int64_t t = 0; t < a.n; t++) {
-                const bool asks = head < a.h, turns = head < a.h + a.k;
-                const float *x = rows + (t * heads + head) * a.d, *weight = asks ? query_norm : key_norm;
-                float *y = asks ? queries + (head * a.n + t) * a.d : kept + ((head - a.h) * a.capacity + a.m - a.n + t) * a.d;
-                if (!turns) {
+    #pragma omp parallel for collapse(2) num_threads(a.threads) if (a.n * heads * a.d >= MUCH)
+    for (int64_t head = 0; head < heads; head++)
+        for (int64_t t = 0; t < a.n; t++) {
+            const bool asks = head < a.h;
+            const float *x = rows + (t * heads + head) * a.d, *weight = asks ? query_norm : key_norm, *c = cos + t * half, *s = sin + t * half;
+            float *y = asks ? queries + (head * (a.n - first) + t - first) * a.d : kept + ((head - a.h) * a.capacity + a.m - a.n + t) * a.d;
+            if (head >= a.h + a.k)
+                std::memcpy(y, x, a.d * sizeof(float));
+            else if (!asks || t >= first) {
+                const float by = asks ? scale : 1;
+                if (weight)
+                    norm(x, weight, a.eps, y, a.d);
+                else
                     std::memcpy(y, x, a.d * sizeof(float));
-                    continue;
-                }
-                if (weight) {
-                    norm(x, weight, a.eps, normed.data(), a.d);
-                    x = normed.data();
-                }
-                const float *c = cos + t * a.d, *s = sin + t * a.d, by = asks ? scale : 1;
                 #pragma omp simd
                 for (int64_t i = 0; i < half; i++) {
-                    y[i] = (x[i] * c[i] + x[i + half] * s[i]) * by;
-                    y[i + half] = (x[i + half] * c[i + half] + x[i] * s[i + half]) * by;
+                    const float left = y[i], right = y[i + half];
+                    y[i] = (left * c[i] - right * s[i]) * by;
+                    y[i + half] = (right * c[i] + left * s[i]) * by;
                 }
             }
-        std::vector<Floats> scores(std::min(MANY, all) * stride / LANES), keys_turned(a.d);
-        #pragma omp for
-        for (int64_t part = 0; part < a.threads; part++)                      // each an equal share of the rows of queries, in the order of their heads
-            for (int64_t row = all * part / a.threads, end = all * (part + 1) / a.threads; row < end;) {
-                const int64_t head = row / (g * a.n), count = std::min({MANY, end - row, (head + 1) * g * a.n - row});
-                const float *own[MANY];
-                float *out[MANY];
-                int64_t tokens[MANY];
-                for (int64_t r = 0; r < count; r++) {
-                    tokens[r] = (row + r) % a.n;
-                    own[r] = queries + (row + r) * a.d;
-                    out[r] = to + (tokens[r] * a.h + (row + r) / a.n) * a.d;
-                }
-                const float *keys = kept + head * a.capacity * a.d, *values = keys + a.k * a.capacity * a.d;
-                const auto attend_d = a.d == 64 ? attend<64 / LANES> : a.d == 128 ? attend<128 / LANES> : attend<0>;
-                attend_d(a, count, tokens, own, mask, keys, values, out, (float *)scores.data(), (float *)keys_turned.data(), stride);
-                row += count;
+        }
+}
+
+// Attention of queries [h][n - first][d], under mask [n][w] -> to [n - first][h d].
+static void read(const Call &a, const float *queries, const float *kept, const bool *mask, int64_t first, float *to) {
+    const int64_t n = a.n - first, group = a.h / a.k * n, all = a.h * n;
+    #pragma omp parallel for num_threads(a.threads)
+    for (int64_t part = 0; part < a.threads; part++) {                        // each an equal share of the rows of queries, in the order of their heads
+        thread_local std::vector<Floats> room;
+        room.resize(MANY * PANEL / LANES + 2 * a.d);
+        for (int64_t row = all * part / a.threads, end = all * (part + 1) / a.threads; row < end;) {
+            const int64_t head = row / group, count = std::min({MANY, end - row, (head + 1) * group - row});
+            float *out[MANY];
+            int64_t tokens[MANY];
+            for (int64_t r = 0; r < count; r++) {
+                tokens[r] = first + (row + r) % n;
+                out[r] = to + ((row + r) % n * a.h + (row + r) / n) * a.d;
             }
+            const float *keys = kept + head * a.capacity * a.d, *values = keys + a.k * a.capacity * a.d;
+            const auto attend_d = a.d == 64 ? attend<64 / LANES> : a.d == 128 ? attend<128 / LANES> : attend<0>;
+            attend_d(a, count, tokens, queries + row * a.d, mask, keys, values, out, (float *)room.data(), (float *)(room.data() + MANY * PANEL / LANES));
+            row += count;
+        }
     }
 }
 
@@ -315,34 +382,56 @@ static void read(const Call &a, const float *rows, const float *cos, const float
 
 struct Layer {
     const uint32_t *qkv, *o, *gate_up, *down;
-    const float *input_norm, *attention_norm, *query_norm, *key_norm;
+    const float *input_norm, *attention_norm, *query_norm, *key_norm, *hidden_norm;
 };
 
-// x [n][hidden] through all layers -> to. given [n][inputs]: what the first layer attends by, where that is not x's norm. cache [layers][2k][capacity][d].
-// slots [layers]: where in tapped [..][n][hidden] what comes out of a layer is wanted, or -1. An MLP's result is added where the next norm is taken.
-extern "C" void layers(const Call *call, const Layer *layer, const float *x, const float *given, const float *cos, const float *sin, float *cache, const bool *mask,
-                       const int64_t *slots, float *tapped, float *to) {
+// x [n][hidden] at these positions [n] through all layers -> to [n][hidden], and its last norm -> normed [n - first][hidden]; the last layer gives what the
+// tokens from `first` on need. given [n][hidden]: the first layer, an EAGLE-3 head's, reads its norm beside x's, instead of x's alone. inverse [d / 2]:
+// frequencies. cache [layers][2k][capacity][d]. taps: the layers whose outputs are wanted, -1 being x -> features [n][taps][hidden]. An MLP's result is
+// added where the next norm is taken.
+extern "C" void layers(const Call *call, const Layer *layer, const float *x, const float *given, const int64_t *positions, const float *inverse,
+                       const float *last_norm, float *cache, const bool *mask, const int64_t *taps, float *features, float *to, float *normed) {
     const Call &a = *call;
-    const int64_t wide = std::max((a.h + 2 * a.k) * a.d, 2 * a.middle), narrow = std::max(a.h * a.d, a.middle), size = a.n * a.hidden;
+    const int64_t wide = std::max((a.h + 2 * a.k) * a.d, 2 * a.middle), narrow = std::max(a.h * a.d, a.middle), half = a.d / 2, size = a.n * a.hidden;
     thread_local std::vector<float> room;                                     // asking the system for it each time would cost fresh pages
-    room.resize(std::max<size_t>(room.size(), a.n * (wide + narrow) + 2 * size));
-    float *rows = room.data(), *middle = rows + a.n * wide, *normed = middle + a.n * narrow, *added = normed + size;
+    room.resize(std::max<size_t>(room.size(), a.n * (wide + narrow + a.inputs + a.hidden + a.h * a.d + a.d)));
+    float *rows = room.data(), *middle = rows + a.n * wide, *own = middle + a.n * narrow, *added = own + a.n * a.inputs, *queries = added + size,
+          *cos = queries + a.n * a.h * a.d, *sin = cos + a.n * half;
+    #pragma omp parallel for num_threads(a.threads) if (a.n * a.d >= MUCH)
+    for (int64_t t = 0; t < a.n; t++)
+        for (int64_t i = 0; i < half; i++) {
+            const float angle = positions[t] * inverse[i];
+            cos[t * half + i] = std::cos(angle) * a.factor;
+            sin[t * half + i] = std::sin(angle) * a.factor;
+        }
+    const auto tell = [&](int64_t of) {
+        for (int64_t tap = 0; tap < a.taps; tap++)
+            for (int64_t t = 0; taps[tap] == of && t < a.n; t++)
+                for (int64_t i = 0; i < a.hidden; i++)
+                    features[(t * a.taps + tap) * a.hidden + i] = to[t * a.hidden + i] + added[t * a.hidden + i];
+    };
     std::copy_n(x, size, to);
     std::fill_n(added, size, 0.0f);
+    tell(-1);
     for (int64_t l = 0; l < a.layers; l++, layer++, cache += 2 * a.k * a.capacity * a.d) {
-        const bool is_given = given && !l;
-        if (!is_given)
-            add_norm(to, added, layer->input_norm, a.eps, normed, a.n, a.hidden, a.threads);
-        product(layer->qkv, is_given ? given : normed, rows, a.n, is_given ? a.inputs : a.hidden, (a.h + 2 * a.k) * a.d, a.threads);
-        read(a, rows, cos, sin, cache, mask, layer->query_norm, layer->key_norm, middle);
-        product(layer->o, middle, added, a.n, a.h * a.d, a.hidden, a.threads);
-        add_norm(to, added, layer->attention_norm, a.eps, normed, a.n, a.hidden, a.threads);
-        product(layer->gate_up, normed, rows, a.n, a.hidden, 2 * a.middle, a.threads);
-        gate(rows, middle, a.n, a.middle, a.threads);
-        product(layer->down, middle, added, a.n, a.middle, a.hidden, a.threads);
-        for (int64_t i = 0; slots[l] >= 0 && i < size; i++)
-            tapped[slots[l] * size + i] = to[i] + added[i];
+        const int64_t first = l == a.layers - 1 ? a.first : 0, n = a.n - first;
+        float *wanted = to + first * a.hidden;
+        if (given && !l)
+            for (int64_t t = 0; t < a.n; t++) {
+                norm(given + t * a.hidden, layer->input_norm, a.eps, own + t * a.inputs, a.hidden);
+                norm(x + t * a.hidden, layer->hidden_norm, a.eps, own + t * a.inputs + a.hidden, a.hidden);
+            }
+        else
+            add_norm(to, added, layer->input_norm, a.eps, own, a.n, a.hidden, a.threads);
+        product(layer->qkv, own, rows, a.n, l ? a.hidden : a.inputs, (a.h + 2 * a.k) * a.d, a.threads);
+        turn(a, rows, cos, sin, layer->query_norm, layer->key_norm, first, queries, cache);
+        read(a, queries, cache, mask, first, middle);
+        product(layer->o, middle, added, n, a.h * a.d, a.hidden, a.threads);
+        add_norm(wanted, added, layer->attention_norm, a.eps, own, n, a.hidden, a.threads);
+        product(layer->gate_up, own, rows, n, a.hidden, 2 * a.middle, a.threads);
+        gate(rows, middle, n, a.middle, a.threads);
+        product(layer->down, middle, added, n, a.middle, a.hidden, a.threads);
+        tell(l);
     }
-    for (int64_t i = 0; i < size; i++)
-        to[i] += added[i];
+    add_norm(to + a.first * a.hidden, added, last_norm, a.eps, normed, a.n - a.first, a.hidden, a.threads);
 }

@@ -27,13 +27,13 @@ NUMBER, POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
 class Call(ctypes.Structure):
-    _fields_ = [*((name, NUMBER) for name in "n m w causal h k d capacity threads layers inputs hidden middle".split()), ("eps", ctypes.c_float)]
+    _fields_ = [*((name, NUMBER) for name in "n m w causal first h k d capacity threads layers inputs hidden middle taps".split()), *((name, ctypes.c_float) for name in ("eps", "factor"))]
 
 
 class Weights(ctypes.Structure):
     """Of a layer."""
 
-    _fields_ = [(name, POINTER) for name in "qkv o gate_up down input_norm attention_norm query_norm key_norm".split()]
+    _fields_ = [(name, POINTER) for name in "qkv o gate_up down input_norm attention_norm query_norm key_norm hidden_norm".split()]
 
 
 def library() -> ctypes.CDLL:
@@ -56,10 +56,11 @@ def library() -> ctypes.CDLL:
     try:
         code = ctypes.CDLL(str(folder / "kernels.so"))
         code.product.argtypes = [POINTER] * 3 + [NUMBER] * 4
-        code.layers.argtypes = [POINTER] * 11
+        code.layers.argtypes = [POINTER] * 13
+        code.top.argtypes = [POINTER] + [NUMBER] * 5 + [POINTER] * 2
     except (OSError, AttributeError) as error:
         raise ValueError(f"{folder}: not what --compile put there; delete that folder ({str(error).splitlines()[0]:.100})") from None
-    code.product.restype = code.layers.restype = None
+    code.product.restype = code.layers.restype = code.top.restype = None
     return code
 
 
@@ -69,7 +70,7 @@ class Blocks:
     def __init__(self, run: Callable, block: int, weight: Tensor):
         self.outputs, self.inputs = weight.shape
         self.weight = weight.view(-1, 2, block // 2, self.inputs).permute(0, 3, 2, 1).contiguous()
-        self.run, self.block, self.pointer = run, block, self.weight.data_ptr()
+        self.run, self.block, self.data_ptr = run, block, self.weight.data_ptr
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs]."""
@@ -78,7 +79,7 @@ class Blocks:
         if inputs != self.inputs or x.dtype != torch.float32:
             raise ValueError(f"a compiled product takes rows of {self.inputs} in float32; these are of {inputs} in {x.dtype}")
         out = x.new_empty(*rows, self.outputs)
-        self.run(self.pointer, x.data_ptr(), out.data_ptr(), x.numel() // inputs, inputs, self.outputs, torch.get_num_threads())
+        self.run(self.data_ptr(), x.data_ptr(), out.data_ptr(), x.numel() // inputs, inputs, self.outputs, torch.get_num_threads())
         return out
 
 
@@ -101,39 +102,54 @@ def matrices(layer: nn.Module) -> list[Linear]:
 
 
 class Layers:
-    """All layers of a dense network whose matrices are Blocks, for tokens of one text; or the one of an EAGLE-3 head."""
+    """All layers of a dense network whose matrices are Blocks, and its last norm, for tokens of one text; or the one layer of an EAGLE-3 head."""
 
     def __init__(self, network: _Decoder, layers: list[nn.Module]):
-        config, self.held = network.config, []
-        self.run, self.sizes = library().layers, (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        self.more = len(layers), layers[0].self_attn.qkv_proj.inputs, config.hidden_size, config.intermediate_size, config.rms_norm_eps
-        self.weights = (Weights * len(layers))()
+        config, code = network.config, library()
+        self.run, self.find, self.inverse, self.norm = code.layers, code.top, network.inverse, network.norm.factors
+        self.heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.sizes = len(layers), layers[0].self_attn.qkv_proj.inputs, config.hidden_size, config.intermediate_size
+        self.eps, self.factor = config.rms_norm_eps, network.rope_factor
+        self.weights, self.held = (Weights * len(layers))(), []                    # held: alive as long as the pointers to them
         for weights, layer in zip(self.weights, layers):
-            attention, blocks = layer.self_attn, [linear.blocks for linear in matrices(layer)]
-            norms = [layer.input_layernorm, layer.post_attention_layernorm, *((attention.q_norm, attention.k_norm) if attention.qk_norm else ())]
-            factors = [norm.factors for norm in norms]
-            self.held += blocks + factors                                          # alive as long as the pointers to them
-            for (name, _), pointer in zip(Weights._fields_, [*(each.pointer for each in blocks), *(each.data_ptr() for each in factors)]):
-                setattr(weights, name, pointer)
+            attention = layer.self_attn
+            found = dict(zip("qkv o gate_up down".split(), (linear.blocks for linear in matrices(layer))))
+            norms = dict(input_norm=layer.input_layernorm, attention_norm=layer.post_attention_layernorm, hidden_norm=getattr(layer, "hidden_norm", None))
+            norms |= dict(query_norm=attention.q_norm, key_norm=attention.k_norm) if attention.qk_norm else {}
+            found |= {name: norm.factors for name, norm in norms.items() if norm}
+            self.held.append(found)
+            for name, each in found.items():
+                setattr(weights, name, each.data_ptr())
 
     def fit(self, x: Tensor, mask: Tensor | list | None, cache: KVCache) -> bool:
         """Whether a forward of x [b, n, H] can be run so."""
         return (x.dtype == torch.float32 and x.shape[0] == 1 and type(cache) is KVCache and cache.rows.dtype == x.dtype
                 and cache.length + x.shape[1] <= cache.capacity and (mask is None or mask.dim() == 2))
 
-    def __call__(self, x: Tensor, turns: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache, taps: tuple[int, ...] = (),
-                 causal: bool = False, given: Tensor | None = None) -> tuple[Tensor, dict[int, Tensor]]:
-        """What comes out of the last layer [1, n, H], and of those that `taps` names. turns: cos and sin [1, n, 1, d]. mask: bool [n, w], True = attend,
-        for the last w columns; None: all are attended to, or with `causal` those up to each token's own. given [1, n, inputs]: what the first layer's
-        queries, keys and values are made of, instead of the norm of x."""
-        n, count = x.shape[1], self.more[0]
-        x, mask = x.contiguous(), None if mask is None else mask.contiguous()
-        slots = [taps.index(layer) if layer in taps else -1 for layer in range(count)]
-        out, tapped = torch.empty_like(x), x.new_empty(len(taps), *x.shape)
-        call = Call(n, cache.length + n, 0 if mask is None else mask.shape[1], causal, *self.sizes, cache.capacity, torch.get_num_threads(), *self.more)
-        self.run(ctypes.addressof(call), ctypes.addressof(self.weights), x.data_ptr(), None if given is None else given.data_ptr(), turns[0].data_ptr(),
-                 turns[1].data_ptr(), cache.rows.data_ptr(), None if mask is None else mask.data_ptr(), (NUMBER * count)(*slots), tapped.data_ptr(), out.data_ptr())
-        return out, {layer: tapped[slot] for layer, slot in enumerate(slots) if slot >= 0}
+    def __call__(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache, taps: tuple[int, ...] = (), causal: bool = False,
+                 alone: bool = False, given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What comes out of the last layer [1, n, H], its norm, and features [1, n, len(taps) * H] as `Model.forward` returns them. positions [1, n]. mask:
+        bool [n, w], True = attend, for the last w columns; None: all are attended to, or with `causal` those up to each token's own. alone: the last layer
+        gives what the last token needs, [1, 1, H]. given: a head's embeddings [1, n, H]."""
+        _, n, size = x.shape
+        first, w = n - 1 if alone else 0, 0 if mask is None else mask.shape[1]
+        x, positions = x.contiguous(), positions.contiguous()
+        mask, given = (each if each is None else each.contiguous() for each in (mask, given))
+        out, normed, features = torch.empty_like(x), x.new_empty(1, n - first, size), x.new_empty(1, n, len(taps) * size) if taps else None
+        call = Call(n, cache.length + n, w, causal, first, *self.heads, cache.capacity, torch.get_num_threads(), *self.sizes, len(taps), self.eps, self.factor)
+        tensors = x, given, positions, self.inverse, self.norm, cache.rows, mask, None, features, out, normed
+        pointers = [each if each is None else each.data_ptr() for each in tensors]
+        pointers[7] = (NUMBER * len(taps))(*taps)
+        self.run(ctypes.addressof(call), ctypes.addressof(self.weights), *pointers)
+        return out[:, first:], normed, features
+
+    def top(self, logits: Tensor, k: int, logs: bool = False) -> tuple[Tensor, Tensor]:
+        """`topk` of each row [n, V] in float32, of equals the first, best first; with `logs`, of its log-softmax. A row that holds what is no number gives none."""
+        logits = logits.contiguous()
+        n, size = logits.shape
+        values, places = logits.new_empty(n, k), logits.new_empty(n, k, dtype=torch.int64)
+        self.find(logits.data_ptr(), n, size, k, logs, torch.get_num_threads(), values.data_ptr(), places.data_ptr())
+        return values, places
 
 
 def kernels(network: _Decoder) -> Layers | None:

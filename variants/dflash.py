@@ -87,7 +87,7 @@ class DFlash(_Decoder):
         """Embeddings x [b, n, H] of blocks at positions [b, n] -> what the target's head reads [b, n, H]. mask [b, n, m]: True =
         attend; None = every token sees the whole context and every other."""
         if self.kernels and mask is None and self.kernels.fit(x, mask, cache):
-            return self.norm(self.kernels(x, self.turns(positions, x.dtype), None, cache)[0])
+            return self.kernels(x, positions, None, cache)[1]
         rotary = self.rotary(positions, x.dtype)
         mask = None if mask is None else self.group(mask, x.shape[1], cache, x.dtype)
         for layer in self.layers:
