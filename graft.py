@@ -214,6 +214,15 @@ class Sampler:
             logits = kept * config.temperature
         return logits.log_softmax(-1)
 
+    def children(self, logits: Tensor, depth: int, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k likeliest by `lean`, or all there are: log-probabilities and tokens [rows, k]."""
+        k = min(k, len(ids))
+        if self.plain and self.kernels and logits.dtype == torch.float32:
+            values, best = self.kernels.top(logits, k, logs=True)
+        else:
+            values, best = self.lean(logits, depth, ids).topk(k, dim=-1)
+        return values, ids.take(best)
+
     def lean_branches(self, branches: list[Branch], depths: list[int]) -> list[Branch]:
         """Retrieved branches, each below a node at its depth, their probabilities adjusted for the noise: a token competes with the rest,
         whose best has Gumbel noise too, 0.577 on average."""
@@ -384,12 +393,7 @@ class Drafter:
         else:
             logits, hidden, scores = self.logits, self.hidden, torch.zeros(1, dtype=torch.float64, device=device)
             seen = torch.zeros(1, 0, dtype=torch.bool, device=device)
-        kernels, k = self.network and self.network.kernels, min(top_k, len(self.ids))
-        if kernels and sampler.plain:
-            values, best = kernels.top(logits, k, logs=True)
-        else:
-            values, best = sampler.lean(logits, step, self.ids).topk(k, dim=-1)
-        return Beam.choose(values, self.ids.take(best), top_k, scores, hidden, seen)
+        return Beam.choose(*sampler.children(logits, step, self.ids, top_k), top_k, scores, hidden, seen)
 
     def chain(self, depth: int, top_k: int) -> "Chain | None":
         """The graphs of expansion steps, where there can be any."""

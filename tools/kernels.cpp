@@ -325,6 +325,18 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
             to[r][i] /= by[r];
 }
 
+// Positions [n] times frequencies inverse [d / 2] -> cos and sin [n][d / 2].
+static void angles(const Call &a, const int64_t *positions, const float *inverse, float *cos, float *sin) {
+    const int64_t half = a.d / 2;
+    #pragma omp parallel for num_threads(a.threads) if (a.n * a.d >= MUCH)
+    for (int64_t t = 0; t < a.n; t++)
+        for (int64_t i = 0; i < half; i++) {
+            const float angle = positions[t] * inverse[i];
+            cos[t * half + i] = std::cos(angle) * a.factor;
+            sin[t * half + i] = std::sin(angle) * a.factor;
+        }
+}
+
 // rows [n][(h + 2k) d] of queries, keys and values: norms of query and key heads, where there are weights, and rotation by cos and sin [n][d / 2]. Keys and
 // values go into the cache, kept [2k][capacity][d], behind m - n others; queries of the tokens from `first` on, with attention's scale -> [h][n - first][d].
 static void turn(const Call &a, const float *rows, const float *cos, const float *sin, const float *query_norm, const float *key_norm, int64_t first,
@@ -397,13 +409,7 @@ extern "C" void layers(const Call *call, const Layer *layer, const float *x, con
     room.resize(std::max<size_t>(room.size(), a.n * (wide + narrow + a.inputs + a.hidden + a.h * a.d + a.d)));
     float *rows = room.data(), *middle = rows + a.n * wide, *own = middle + a.n * narrow, *added = own + a.n * a.inputs, *queries = added + size,
           *cos = queries + a.n * a.h * a.d, *sin = cos + a.n * half;
-    #pragma omp parallel for num_threads(a.threads) if (a.n * a.d >= MUCH)
-    for (int64_t t = 0; t < a.n; t++)
-        for (int64_t i = 0; i < half; i++) {
-            const float angle = positions[t] * inverse[i];
-            cos[t * half + i] = std::cos(angle) * a.factor;
-            sin[t * half + i] = std::sin(angle) * a.factor;
-        }
+    angles(a, positions, inverse, cos, sin);
     const auto tell = [&](int64_t of) {
         for (int64_t tap = 0; tap < a.taps; tap++)
             for (int64_t t = 0; taps[tap] == of && t < a.n; t++)
@@ -434,4 +440,17 @@ extern "C" void layers(const Call *call, const Layer *layer, const float *x, con
         tell(l);
     }
     add_norm(to + a.first * a.hidden, added, last_norm, a.eps, normed, a.n - a.first, a.hidden, a.threads);
+}
+
+// The keys and values alone that x [n][inputs] makes in each layer.
+extern "C" void context(const Call *call, const Layer *layer, const float *x, const int64_t *positions, const float *inverse, float *cache) {
+    const Call &a = *call;
+    const int64_t wide = (a.h + 2 * a.k) * a.d;
+    std::vector<float> room(a.n * (wide + a.d));
+    float *rows = room.data(), *cos = rows + a.n * wide, *sin = cos + a.n * a.d / 2;
+    angles(a, positions, inverse, cos, sin);
+    for (int64_t l = 0; l < a.layers; l++, layer++, cache += 2 * a.k * a.capacity * a.d) {
+        product(layer->qkv, x, rows, a.n, a.inputs, wide, a.threads);
+        turn(a, rows, cos, sin, layer->query_norm, layer->key_norm, a.n, nullptr, cache);
+    }
 }

@@ -57,10 +57,11 @@ def library() -> ctypes.CDLL:
         code = ctypes.CDLL(str(folder / "kernels.so"))
         code.product.argtypes = [POINTER] * 3 + [NUMBER] * 4
         code.layers.argtypes = [POINTER] * 13
+        code.context.argtypes = [POINTER] * 6
         code.top.argtypes = [POINTER] + [NUMBER] * 5 + [POINTER] * 2
     except (OSError, AttributeError) as error:
         raise ValueError(f"{folder}: not what --compile put there; delete that folder ({str(error).splitlines()[0]:.100})") from None
-    code.product.restype = code.layers.restype = code.top.restype = None
+    code.product.restype = code.layers.restype = code.context.restype = code.top.restype = None
     return code
 
 
@@ -106,7 +107,7 @@ class Layers:
 
     def __init__(self, network: _Decoder, layers: list[nn.Module]):
         config, code = network.config, library()
-        self.run, self.find, self.inverse, self.norm = code.layers, code.top, network.inverse, network.norm.factors
+        self.run, self.read_only, self.find, self.inverse, self.norm = code.layers, code.context, code.top, network.inverse, network.norm.factors
         self.heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.sizes = len(layers), layers[0].self_attn.qkv_proj.inputs, config.hidden_size, config.intermediate_size
         self.eps, self.factor = config.rms_norm_eps, network.rope_factor
@@ -126,6 +127,14 @@ class Layers:
         return (x.dtype == torch.float32 and x.shape[0] == 1 and type(cache) is KVCache and cache.rows.dtype == x.dtype
                 and cache.length + x.shape[1] <= cache.capacity and (mask is None or mask.dim() == 2))
 
+    def call(self, n: int, cache: KVCache, w: int = 0, causal: bool = False, first: int = 0, taps: int = 0) -> Call:
+        return Call(n, cache.length + n, w, causal, first, *self.heads, cache.capacity, torch.get_num_threads(), *self.sizes, taps, self.eps, self.factor)
+
+    def read(self, x: Tensor, positions: Tensor, cache: KVCache) -> None:
+        """Write the keys and values that x [1, n, inputs] makes in each layer, at positions [1, n], behind the committed ones."""
+        x, positions, call = x.contiguous(), positions.contiguous(), self.call(x.shape[1], cache)
+        self.read_only(ctypes.addressof(call), ctypes.addressof(self.weights), *(each.data_ptr() for each in (x, positions, self.inverse, cache.rows)))
+
     def __call__(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache, taps: tuple[int, ...] = (), causal: bool = False,
                  alone: bool = False, given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """What comes out of the last layer [1, n, H], its norm, and features [1, n, len(taps) * H] as `Model.forward` returns them. positions [1, n]. mask:
@@ -136,7 +145,7 @@ class Layers:
         x, positions = x.contiguous(), positions.contiguous()
         mask, given = (each if each is None else each.contiguous() for each in (mask, given))
         out, normed, features = torch.empty_like(x), x.new_empty(1, n - first, size), x.new_empty(1, n, len(taps) * size) if taps else None
-        call = Call(n, cache.length + n, w, causal, first, *self.heads, cache.capacity, torch.get_num_threads(), *self.sizes, len(taps), self.eps, self.factor)
+        call = self.call(n, cache, w, causal, first, len(taps))
         tensors = x, given, positions, self.inverse, self.norm, cache.rows, mask, None, features, out, normed
         pointers = [each if each is None else each.data_ptr() for each in tensors]
         pointers[7] = (NUMBER * len(taps))(*taps)

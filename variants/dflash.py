@@ -78,6 +78,8 @@ class DFlash(_Decoder):
     def read(self, features: Tensor, positions: Tensor, cache: KVCache) -> None:
         """Write context into `cache` (which the caller commits): features [b, n, len(taps) * H] of the target, positions [b, n]."""
         x = self.hidden_norm(self.fc(features))
+        if self.kernels and self.kernels.fit(x, None, cache):
+            return self.kernels.read(x, positions, cache)
         rotary = self.rotary(positions, x.dtype)
         for layer in self.layers:
             _, rows = layer.self_attn.project(x, rotary)
@@ -183,10 +185,11 @@ class DFlashDrafter:
         """Yield the tree after each of a block's positions: a node at depth i + 1 holds one of the top_k tokens of position i and
         the product of its path's probabilities; the top_k likeliest nodes go on. top_k = 1 is the published chain."""
         rows = self.guess(root, depth + 1)
-        leaning = [sampler.lean(rows, 0, self.ids)] if sampler.plain else [sampler.lean(row, step, self.ids) for step, row in enumerate(rows.split(1))]
-        values, best = torch.cat(leaning).topk(min(top_k, len(self.ids)), dim=-1)
+        parts = [rows] if sampler.plain else rows.split(1)                         # where noise is known, it is another one at each depth
+        found = [sampler.children(part, step, self.ids, top_k) for step, part in enumerate(parts)]
+        values, ids = (torch.cat(each).tolist() for each in zip(*found))
         tree, frontier = Tree.rooted(root), [0]
-        for tokens, logprobs in zip(self.ids[best].tolist(), values.tolist()):
+        for tokens, logprobs in zip(ids, values):
             frontier = tree.best(tree.expand(frontier, [tokens] * len(frontier), [logprobs] * len(frontier)), top_k)
             yield tree
 
