@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -30,7 +31,7 @@ import torch  # noqa: E402
 sys.path += [str(Path(__file__).resolve().parent / folder) for folder in ("tools", "variants")]
 from demo_model import command_line, demo_model  # noqa: E402
 from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, Stats, run_rounds  # noqa: E402
-from kernels import kernels, products  # noqa: E402
+from kernels import compiler, kernels, products  # noqa: E402
 from model import CheckpointError, Model, fetch_checkpoint, load_draft, load_model, read_json  # noqa: E402
 from render_template import render_template  # noqa: E402
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, whole  # noqa: E402
@@ -282,6 +283,25 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, bool]:
     return torch.bfloat16 if fast else torch.float32, False
 
 
+def flag(name: str, value: bool | None) -> list[str]:
+    """What says so on a command line: nothing where nothing was said."""
+    return [] if value is None else [f"--{'' if value else 'no-'}{name}"]
+
+
+def choose_products(asked: bool | None, device: torch.device, dtype: torch.dtype) -> Callable | None:
+    """What makes compiled products on a CPU: where they are asked for, and, where nothing was said, for float32 on the processors that they were measured on,
+    if there is a compiler. Raises ValueError where they are asked for and cannot be had."""
+    measured = dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    if device.type != "cpu" or not (measured and shutil.which(compiler()[0]) if asked is None else asked):
+        return None
+    try:
+        return products()
+    except (ValueError, OSError) as error:
+        if asked:
+            raise
+        say(f"{error}; going on without")
+
+
 def set_up(args) -> Setup:
     device = choose_device(args.device)
     dtype, mixed = choose_dtype(args.dtype, device)
@@ -289,24 +309,24 @@ def set_up(args) -> Setup:
     text = Text(folder)
     if args.compile and (device.type not in ("cpu", "cuda") or args.no_graphs):
         raise ValueError("--compile is for a CPU, or for a GPU with graphs; leave it out")
-    in_c = args.compile and device.type == "cpu"
-    if in_c and args.dtype == "auto":
-        mixed = dtype == torch.bfloat16
-    if in_c and not mixed and dtype != torch.float32:
-        raise ValueError(f"--compile is, on a CPU, for float32 and mixed precision; --dtype is {args.dtype}")
-    model = load_model(folder, dtype=dtype, device=device, mixed=mixed, products=products() if in_c else None)
-    model.graphs, model.compiled = False if args.no_graphs else None, args.compile       # what drafts for it follows
+    if args.compile and device.type == "cpu":
+        if args.dtype == "auto":
+            mixed = dtype == torch.bfloat16
+        if not mixed and dtype != torch.float32:
+            raise ValueError(f"--compile is, on a CPU, for float32 and mixed precision; --dtype is {args.dtype}")
+    model = load_model(folder, dtype=dtype, device=device, mixed=mixed, products=choose_products(args.compile, device, dtype))
+    model.graphs, model.compiled = False if args.no_graphs else None, bool(args.compile)       # what drafts for it follows
     if args.compile and device.type == "cuda":
         say("Compiling as forwards come: half a minute, less once torch has kept some of it ...")
     text.check(model)
     own = OWN_DRAFT & {*(getattr(args, "methods", None) or "").split(","), getattr(args, "method", None)}
     draft = not own and args.draft or (str(DEMO_HEAD) if not args.model and DEMO_HEAD.is_dir() else None)
     head = load_draft(fetch_checkpoint(draft), model) if draft else None
-    for network in (model, head) if in_c else ():
+    for network in (model, head) if model.products else ():
         if network:
             network.kernels = kernels(network)
-    if in_c and not model.kernels:
-        raise ValueError(f"{folder}: --compile takes, on a CPU, matrices that bfloat16 holds and whose sizes are multiples of 32; leave it out")
+    if args.compile and model.products and not model.kernels:
+        raise ValueError(f"{folder}: --compile takes, on a CPU, dense models whose matrices bfloat16 holds, in sizes that are multiples of 32; leave it out")
     if isinstance(head, Model) and args.draft_window:
         raise ValueError(f"--draft-window is {args.draft_window}, but --draft names a model, which reads all of the text; leave it out")
     method = getattr(args, "method", None) or ("graft" if head else "retrieve")
@@ -530,7 +550,7 @@ def environment(setup: Setup) -> dict:
         cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), cpu)
     device = setup.model.device
     return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, "kind": device.type,
-            "dtype": setup.model.precision, "torch": torch.__version__, "threads": torch.get_num_threads(),
+            "dtype": setup.model.precision, "compiled": bool(setup.model.kernels or setup.model.compiled), "torch": torch.__version__, "threads": torch.get_num_threads(),
             "python": platform.python_version(), "seed": setup.base.seed}
 
 
@@ -782,8 +802,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", default="auto", choices=("auto", "mixed", "bfloat16", "float16", "float32", "float64"),
         help="mixed, on a CPU: prompts in bfloat16, all else in float32: exact and faster with a small model, but starts a second later")
-    add("--compile", action="store_true", help="decode faster: on a CPU run all layers in C++, which is compiled once in some seconds (float32, or mixed precision); "
-        "on a GPU fuse small operations, half a minute of every start")
+    add("--compile", action=argparse.BooleanOptionalAction, help="decode faster: on a CPU run all layers in C++, which is compiled once in some seconds (float32, or mixed precision; "
+        "default: in float32 where there is a compiler); on a GPU fuse small operations, half a minute of every start (default: no)")
     add("--no-graphs", action="store_true", help="on a GPU, launch every kernel instead of replaying CUDA graphs")
     add("--max-new-tokens", type=int, default=128 if command in ("bench", "verify") else 512)
     add("--budget", type=int, help=f"most nodes a tree holds below its root (default: as calibrated, else {CPU_BUDGET} on a CPU, {GPU_BUDGET} on a GPU)")

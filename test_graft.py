@@ -1553,14 +1553,25 @@ def test_compiled_layers_decode_as_others_do_and_are_compiled_once(tmp_path, mon
     assert [file.name for file in (tmp_path / "cache").iterdir()] == [compiled.name] and (compiled / "kernels.so").stat() == made
 
 
-def test_what_cannot_be_compiled_is_refused(tmp_path, monkeypatch):
+@needs_compiler
+def test_what_cannot_be_compiled_is_refused_where_it_is_asked_for(tmp_path, monkeypatch, capsys):
+    """And is left out, in a line, where nothing was said; without a compiler there is nothing to say."""
+    assert kernels.kernels(MOE) is None
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    cpu = torch.device("cpu")
+    assert run.choose_products(None, cpu, torch.float32) and run.choose_products(True, cpu, torch.float32)
+    for asked, dtype in ((False, torch.float32), (None, torch.bfloat16), (None, torch.float64)):
+        assert run.choose_products(asked, cpu, dtype) is None
+    assert run.choose_products(True, torch.device("cuda"), torch.float32) is None
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match="dense model"):
-        kernels.kernels(MOE)
-    for compiler in ("gone", "false"):
+    capsys.readouterr()
+    for compiler, said in (("gone", False), ("false", True)):
         monkeypatch.setenv("CXX", compiler)
         with pytest.raises(ValueError, match=f"C[+][+] compiler, and '{compiler}' failed"):
-            kernels.products()
+            run.choose_products(True, cpu, torch.float32)
+        capsys.readouterr()
+        assert run.choose_products(None, cpu, torch.float32) is None
+        assert ("going on without" in capsys.readouterr().err) == said
     assert not list(tmp_path.iterdir())
 
 
@@ -1572,7 +1583,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 
 @functools.lru_cache
 def demo_setup():
-    return run.set_up(run.parse(["x", "--dtype", "float32", "--device", "cpu"]))       # calibrated there
+    return run.set_up(run.parse(["x", "--dtype", "float32", "--device", "cpu", "--no-compile"]))       # calibrated there
 
 
 @pytest.fixture

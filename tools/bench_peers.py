@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder or Hub id (default: the demo model)")
     parser.add_argument("--methods", default="ar,graft", help="ours")
     parser.add_argument("--peers", default="greedy,prompt-lookup", help=f"some of {', '.join(PEERS)} (compiling takes a minute or more)")
-    parser.add_argument("--compile", action="store_true", help="ours as with run.py's --compile")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="ours as with run.py's --compile")
     parser.add_argument("--gguf", help="also llama.cpp on this file")
     parser.add_argument("--json", metavar="OUT")
     args = parser.parse_args()
@@ -86,7 +86,7 @@ def main() -> None:
     run.writable(args.json)
     prompts = run.read_prompts(args.prompts, args.limit_per_task)
     import transformers
-    options = run.parse(["peers", "--dtype", args.dtype, *(["--model", args.model] if args.model else []), *(["--compile"] if args.compile else [])])
+    options = run.parse(["peers", "--dtype", args.dtype, *(["--model", args.model] if args.model else []), *run.flag("compile", args.compile)])
     setup = run.set_up(options)
     encoded, new = [setup.ask(p["text"]) for p in prompts], args.max_new_tokens
     peer = transformers.AutoModelForCausalLM.from_pretrained(setup.folder, dtype=setup.model.dtype).to(setup.model.device).eval()

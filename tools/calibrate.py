@@ -318,7 +318,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model"), parser.add_argument("--draft"), parser.add_argument("--device"), parser.add_argument("--out")
     parser.add_argument("--dtype", default="auto", choices=("auto", "mixed", "bfloat16", "float16", "float32"))
-    parser.add_argument("--compile", action="store_true", help="as run.py's")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="as run.py's")
     parser.add_argument("--prompts", default=PROMPTS, metavar="FILE.jsonl", help="what the replayed texts answer")
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--length", type=int, default=256, help="committed tokens when t(n) is measured")
@@ -328,7 +328,7 @@ def main() -> None:
         raise ValueError("--draft without --model needs --out: what is calibrated by default is for the shipped head")
     run.writable(args.out, "--out")
     given = [word for name in ("model", "draft", "device") if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
-    options = run.parse(["calibrating", "--dtype", args.dtype, *["--compile"] * args.compile, *given])
+    options = run.parse(["calibrating", "--dtype", args.dtype, *run.flag("compile", args.compile), *given])
     setup = run.set_up(options)
     if setup.model.device.type == "cuda":
         torch.cuda.set_device(setup.model.device)

@@ -122,13 +122,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="auto", choices=("auto", "mixed", "bfloat16", "float16", "float32"))
     parser.add_argument("--device")
-    parser.add_argument("--compile", action="store_true", help="as run.py's")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="as run.py's")
     parser.add_argument("--prompts", type=int, default=14, help="at most so many")
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--json", required=True)
     args = parser.parse_args()
     run.writable(args.json)
-    options = ["--dtype", args.dtype, *(["--device", args.device] if args.device else []), *(["--compile"] if args.compile else [])]
+    options = ["--dtype", args.dtype, *(["--device", args.device] if args.device else []), *run.flag("compile", args.compile)]
     seen = first_use(5, options)       # before this process grows: Linux counts a parent's memory at the start towards its child's peak
     setup = run.set_up(run.parse(["x", "--max-new-tokens", "96", *options]))
     t, observe, head = measure(setup, 256, args.repeats)

@@ -36,23 +36,28 @@ class Weights(ctypes.Structure):
     _fields_ = [(name, POINTER) for name in "qkv o gate_up down input_norm attention_norm query_norm key_norm hidden_norm".split()]
 
 
+def compiler() -> list[str]:
+    """Its command."""
+    return shlex.split(os.environ.get("CXX") or "g++")
+
+
 def library() -> ctypes.CDLL:
     """kernels.cpp, compiled where no earlier run did. Raises ValueError where there is no compiler, or where what was kept is damaged."""
-    compiler, cpuinfo = os.environ.get("CXX", "g++"), Path("/proc/cpuinfo")
+    command, cpuinfo = compiler(), Path("/proc/cpuinfo")
     processor = [platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability()]
     if cpuinfo.exists():                                       # what it can: code for another one may not run
         processor += [line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))][:1]
-    folder = cache_folder() / f"kernels-{hashlib.sha256(repr((compiler, processor, SOURCE.read_text(encoding='utf-8'))).encode()).hexdigest()[:16]}"
+    folder = cache_folder() / f"kernels-{hashlib.sha256(repr((command, processor, SOURCE.read_text(encoding='utf-8'))).encode()).hexdigest()[:16]}"
     if not folder.is_dir():
         print(f"Compiling {SOURCE.name} for this machine, once: some seconds ...", file=sys.stderr, flush=True)
         with filled(folder, "kernels.so") as whole:
             whole.mkdir()
             flags = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"]
             try:
-                subprocess.run([*shlex.split(compiler), *flags, str(SOURCE), "-o", str(whole / "kernels.so")], check=True, capture_output=True, text=True)
+                subprocess.run([*command, *flags, str(SOURCE), "-o", str(whole / "kernels.so")], check=True, capture_output=True, text=True)
             except (OSError, subprocess.CalledProcessError) as error:
                 said = getattr(error, "stderr", "") or str(error)
-                raise ValueError(f"--compile needs a C++ compiler, and {compiler!r} failed here: {' '.join(said.split())[:200]}") from None
+                raise ValueError(f"--compile needs a C++ compiler, and {' '.join(command)!r} failed here: {' '.join(said.split())[:200]}") from None
     try:
         code = ctypes.CDLL(str(folder / "kernels.so"))
         code.product.argtypes = [POINTER] * 3 + [NUMBER] * 4
@@ -162,8 +167,7 @@ class Layers:
 
 
 def kernels(network: _Decoder) -> Layers | None:
-    """A network's layers, or None where one of its matrices is no Blocks. Raises ValueError on a mixture of experts, and what `library` does."""
-    if network.config.moe_layers:
-        raise ValueError("--compile on a CPU takes a dense model, and this one is a mixture of experts; leave it out")
+    """A network's layers, or None where one of its matrices is no Blocks, or an expert's. Raises what `library` does."""
     layers = list(getattr(network, "layers", [network]))                           # a head is its only layer
-    return Layers(network, layers) if all(linear.blocks for layer in layers for linear in matrices(layer)) else None
+    dense = not network.config.moe_layers
+    return Layers(network, layers) if dense and all(linear.blocks for layer in layers for linear in matrices(layer)) else None
