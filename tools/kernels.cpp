@@ -1,5 +1,5 @@
-// What `run.py --compile` runs on a CPU, in float32: products with matrices W that bfloat16 holds, and with them all layers of a decoder for
-// tokens of one text. tools/kernels.py calls it through ctypes.
+// What run.py runs on a CPU in float32, and with --compile: products with matrices W that bfloat16 holds, and with them all layers of a decoder
+// for tokens of one text. tools/kernels.py calls it through ctypes.
 
 #include <algorithm>
 #include <cmath>

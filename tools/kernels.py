@@ -1,4 +1,4 @@
-"""On a CPU, in float32 and mixed precision: matrix products, and all layers of a forward, in C++; `run.py --compile` uses it there.
+"""On a CPU, in float32 and mixed precision: matrix products, and all layers of a forward, in C++. `run.py` uses it in float32 where it can, and with --compile.
 
 The products of a few rows with weights that come from memory take half as long as FBGEMM's. Between them a small model's step is thirty small
 operations a layer, and torch takes as long to dispatch one as to compute it; here one call runs all layers. `kernels.cpp` is compiled in some seconds, once for
