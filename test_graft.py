@@ -571,6 +571,7 @@ def test_training_learns_continues_and_blends(tmp_path, monkeypatch, capsys):
 @given(trees(), st.integers(1, 16))
 def test_top_is_prefix_closed_and_best(tree, k):
     top = tree.top(k)
+    assert tree.top(len(tree)) is not tree                                        # what is grafted into it stays out of the draft
     assert len(top) == min(k + 1, len(tree))
     assert sorted(top.scores[1:], reverse=True) == sorted(tree.scores[1:], reverse=True)[:k]
     paths = lambda t: {tuple(t.tokens[i] for i in t.path(node)) for node in range(len(t))}

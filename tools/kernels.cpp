@@ -172,7 +172,8 @@ extern "C" void top(const float *x, int64_t n, int64_t size, int64_t count, int6
                 most = some > most ? some : most;
                 numbers = some == some ? numbers : some;
             }
-            for (int64_t i = begin; i < end && largest(most) > *least; i++)
+            const float candidate = largest(most);
+            for (int64_t i = begin; i < end && candidate > *least; i++)
                 if (own[i] > *least) {
                     int64_t place = count - 1;
                     for (; place > 0 && own[i] > best[place - 1]; place--) {
@@ -261,7 +262,7 @@ static float soften(float *scores, int64_t count, float &highest) {
 
 // To R rows' sums of the values, each times its score, those from `begin` to `end` are added.
 template <int V, int R>
-static void mix(const float *scores, const float *values, int64_t stride, int64_t begin, int64_t end, int64_t d, float *const *to) {
+static void mix(const float *scores, const float *values, int64_t begin, int64_t end, int64_t d, float *const *to) {
     if constexpr (V > 0) {
         Floats sums[R][V];
         for (int r = 0; r < R; r++)
@@ -271,7 +272,7 @@ static void mix(const float *scores, const float *values, int64_t stride, int64_
             for (int v = 0; v < V; v++) {
                 const Floats value = load(values + c * d + v * LANES);
                 for (int r = 0; r < R; r++)
-                    sums[r][v] += value * scores[r * stride + c];
+                    sums[r][v] += value * scores[r * PANEL + c];
             }
         for (int r = 0; r < R; r++)
             for (int v = 0; v < V; v++)
@@ -280,7 +281,7 @@ static void mix(const float *scores, const float *values, int64_t stride, int64_
         for (int r = 0; r < R; r++)
             for (int64_t c = begin; c < end; c++)
                 for (int64_t i = 0; i < d; i++)
-                    to[r][i] += scores[r * stride + c] * values[c * d + i];
+                    to[r][i] += scores[r * PANEL + c] * values[c * d + i];
 }
 
 // Up to MANY rows of queries [rows][d], of these tokens, over one head's keys and values [m][d]. V is the number of registers that a head fills, or 0: any
@@ -317,7 +318,7 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
         for (int64_t c = 0; c < width; c += TILE)
             for (int64_t r = 0; r < rows; r += SOME)
                 with_constant<SOME>(std::min(SOME, rows - r), [&](auto some) {
-                    mix<V, some>(scores + r * PANEL, values + begin * a.d, PANEL, c, std::min(c + TILE, width), a.d, to + r);
+                    mix<V, some>(scores + r * PANEL, values + begin * a.d, c, std::min(c + TILE, width), a.d, to + r);
                 });
     }
     for (int64_t r = 0; r < rows; r++)
