@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -43,11 +44,16 @@ def compiler() -> list[str]:
 
 def library() -> ctypes.CDLL:
     """kernels.cpp, compiled where no earlier run did. Raises ValueError where there is no compiler, or where what was kept is damaged."""
-    command, cpuinfo = compiler(), Path("/proc/cpuinfo")
+    return _library(tuple(compiler()), cache_folder())
+
+
+@lru_cache(None)
+def _library(command: tuple[str, ...], kept: Path) -> ctypes.CDLL:
+    cpuinfo = Path("/proc/cpuinfo")
     processor = [platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability()]
     if cpuinfo.exists():                                       # what it can: code for another one may not run
         processor += [line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))][:1]
-    folder = cache_folder() / f"kernels-{hashlib.sha256(repr((command, processor, SOURCE.read_text(encoding='utf-8'))).encode()).hexdigest()[:16]}"
+    folder = kept / f"kernels-{hashlib.sha256(repr((command, processor, SOURCE.read_text(encoding='utf-8'))).encode()).hexdigest()[:16]}"
     if not folder.is_dir():
         print(f"Compiling {SOURCE.name} for this machine, once: some seconds ...", file=sys.stderr, flush=True)
         with filled(folder, "kernels.so") as whole:
