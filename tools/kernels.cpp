@@ -40,31 +40,34 @@ static inline void with_constant(int64_t rows, Run run) {
 
 // ------------------------------------------------------------------------------------------------------------ y = x W^T
 
-// R rows of x [R][inputs] times the two registers of weights that `weights` gives for each input -> y [R][BLOCK], rows `stride` apart.
-template <int R, class Weights>
-static inline void block(const float *x, float *y, int64_t inputs, int64_t stride, Weights weights) {
-    Floats low[R] = {}, high[R] = {};
+// R rows of x, `apart` from each other, times the two registers of weights that `weights` gives for each input -> y [R][BLOCK], rows `stride` apart; ADD: to
+// what is there.
+template <bool ADD, int W, int R, class Weights>
+static inline void block(const float *x, int64_t apart, int64_t inputs, float *y, int64_t stride, Weights weights) {
+    Floats sums[R][W] = {};
+    for (int r = 0; ADD && r < R; r++)
+        for (int i = 0; i < W; i++)
+            sums[r][i] = load(y + r * stride + i * LANES);
     for (int64_t k = 0; k < inputs; k++) {
-        Floats first, second;
-        weights(k, first, second);
-        for (int r = 0; r < R; r++) {
-            low[r] += first * x[r * inputs + k];
-            high[r] += second * x[r * inputs + k];
-        }
+        Floats some[W];
+        weights(k, some);
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < W; i++)
+                sums[r][i] += some[i] * x[r * apart + k];
     }
-    for (int r = 0; r < R; r++) {
-        store(y + r * stride, low[r]);
-        store(y + r * stride + LANES, high[r]);
-    }
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < W; i++)
+            store(y + r * stride + i * LANES, sums[r][i]);
 }
 
 // The same for any number of rows, in equal parts whose sums stay in registers.
-template <class Weights>
-static inline void blocks(const float *x, float *y, int64_t rows, int64_t inputs, int64_t stride, Weights weights) {
-    const int64_t parts = (rows + ROWS - 1) / ROWS;
+template <bool ADD, int W = 2, class Weights>
+static inline void blocks(const float *x, int64_t apart, int64_t inputs, float *y, int64_t stride, int64_t rows, Weights weights) {
+    constexpr int64_t most = 2 * ROWS / W;
+    const int64_t parts = (rows + most - 1) / most;
     for (int64_t part = 0; part < parts; part++) {
         const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
-        with_constant<ROWS>(end - begin, [&](auto r) { block<r>(x + begin * inputs, y + begin * stride, inputs, stride, weights); });
+        with_constant<most>(end - begin, [&](auto r) { block<ADD, W, r>(x + begin * apart, apart, inputs, y + begin * stride, stride, weights); });
     }
 }
 
@@ -74,14 +77,14 @@ extern "C" const int64_t block_size = BLOCK;
 // prefetching stops at each page: here W is asked for AHEAD words early. It comes as words [outputs / BLOCK][inputs][LANES], the weights of an output in
 // their low halves and of the LANES-th after it in their high ones, so that it is read from front to back, once for up to ROWS rows.
 extern "C" void product(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs, int64_t threads) {
-    #pragma omp parallel for num_threads(threads)
+    #pragma omp parallel for schedule(guided) num_threads(threads)
     for (int64_t o = 0; o < outputs; o += BLOCK)
-        blocks(x, y + o, rows, inputs, outputs, [own = w + o / 2 * inputs](int64_t k, Floats &first, Floats &second) {
+        blocks<false>(x, inputs, inputs, y + o, outputs, rows, [own = w + o / 2 * inputs](int64_t k, Floats *some) {
             Words pairs;
             __builtin_prefetch(own + k * LANES + AHEAD);
             std::memcpy(&pairs, own + k * LANES, sizeof pairs);
-            first = (Floats)(pairs << 16);
-            second = (Floats)(pairs & 0xffff0000);
+            some[0] = (Floats)(pairs << 16);
+            some[1] = (Floats)(pairs & 0xffff0000);
         });
 }
 
@@ -204,8 +207,7 @@ struct Call {
     float eps, factor;                             // of norms; on cos and sin
 };
 
-constexpr int64_t MANY = 96, PANEL = 512;          // rows, and columns
-constexpr int64_t SOME = LANES == 16 ? 6 : 2, TILE = 64;                      // rows that share what is in registers; values that stay nearest
+constexpr int64_t MANY = 96, PANEL = 512, TILE = 64;   // rows, columns, and columns whose values stay nearest
 
 // Up to LANES rows of d numbers, what lacks being 0 -> [d][LANES], rows BLOCK apart: squares of registers are riffled until they are transposed.
 static void transpose(const float *from, int64_t rows, int64_t d, float *to) {
@@ -236,14 +238,6 @@ static void transpose(const float *from, int64_t rows, int64_t d, float *to) {
             to[i * BLOCK + r] = r < rows ? from[r * d + i] : 0;
 }
 
-// The products of some queries with BLOCK keys [d][BLOCK].
-static void products(const float *queries, const float *keys, int64_t rows, int64_t d, float *to) {
-    blocks(queries, to, rows, d, PANEL, [keys](int64_t i, Floats &first, Floats &second) {
-        first = load(keys + i * BLOCK);
-        second = load(keys + i * BLOCK + LANES);
-    });
-}
-
 // Each of these scores, their number being a multiple of LANES, becomes e^(score - highest); returns their sum. `highest` rises to the largest of them.
 static float soften(float *scores, int64_t count, float &highest) {
     Floats most = Floats{} + highest, sums{};
@@ -260,49 +254,27 @@ static float soften(float *scores, int64_t count, float &highest) {
     return sum(sums);
 }
 
-// To R rows' sums of the values, each times its score, those from `begin` to `end` are added.
-template <int V, int R>
-static void mix(const float *scores, const float *values, int64_t begin, int64_t end, int64_t d, float *const *to) {
-    if constexpr (V > 0) {
-        Floats sums[R][V];
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++)
-                sums[r][v] = load(to[r] + v * LANES);
-        for (int64_t c = begin; c < end; c++)
-            for (int v = 0; v < V; v++) {
-                const Floats value = load(values + c * d + v * LANES);
-                for (int r = 0; r < R; r++)
-                    sums[r][v] += value * scores[r * PANEL + c];
-            }
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++)
-                store(to[r] + v * LANES, sums[r][v]);
-    } else
-        for (int r = 0; r < R; r++)
-            for (int64_t c = begin; c < end; c++)
-                for (int64_t i = 0; i < d; i++)
-                    to[r][i] += scores[r * PANEL + c] * values[c * d + i];
-}
-
-// Up to MANY rows of queries [rows][d], of these tokens, over one head's keys and values [m][d]. V is the number of registers that a head fills, or 0: any
-// head size.
-template <int V>
+// Up to MANY rows of queries [rows][d], of these tokens, over one head's keys and values [m][d]. For one after the other: scores [rows][PANEL], keys turned
+// [d][BLOCK], sums [rows][d] of values.
 static void attend(const Call &a, int64_t rows, const int64_t *tokens, const float *queries, const bool *mask, const float *keys, const float *values,
-                   float *const *to, float *scores, float *turned) {
-    float highest[MANY], by[MANY];
+                   float *const *to, float *scores) {
+    float highest[MANY], by[MANY], *turned = scores + rows * PANEL, *sums = turned + a.d * BLOCK;
     int64_t seen[MANY], most = 0;                                             // columns: of a row, of all
     for (int64_t r = 0; r < rows; r++) {
         most = std::max(most, seen[r] = a.causal ? a.m - a.n + tokens[r] + 1 : a.m);
         highest[r] = std::numeric_limits<float>::lowest();
         by[r] = 0;
-        std::fill_n(to[r], a.d, 0.0f);
     }
+    std::fill_n(sums, rows * a.d, 0.0f);
     for (int64_t begin = 0; begin < most; begin += PANEL) {
         const int64_t width = std::min(PANEL, most - begin), whole = (width + BLOCK - 1) / BLOCK * BLOCK, masked = a.m - a.w - begin;
         for (int64_t c = 0; c < width; c += BLOCK) {
             transpose(keys + (begin + c) * a.d, width - c, a.d, turned);
             transpose(keys + (begin + c + LANES) * a.d, width - c - LANES, a.d, turned + LANES);
-            products(queries, turned, rows, a.d, scores + c);
+            blocks<false>(queries, a.d, a.d, scores + c, PANEL, rows, [turned](int64_t i, Floats *some) {
+                some[0] = load(turned + i * BLOCK);
+                some[1] = load(turned + i * BLOCK + LANES);
+            });
         }
         for (int64_t r = 0; r < rows; r++) {
             float *own = scores + r * PANEL;
@@ -313,17 +285,31 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
             const float before = highest[r], added = soften(own, whole, highest[r]), scale = std::exp(before - highest[r]);
             by[r] = by[r] * scale + added;
             for (int64_t i = 0; begin && i < a.d; i++)
-                to[r][i] *= scale;
+                sums[r * a.d + i] *= scale;
         }
-        for (int64_t c = 0; c < width; c += TILE)
-            for (int64_t r = 0; r < rows; r += SOME)
-                with_constant<SOME>(std::min(SOME, rows - r), [&](auto some) {
-                    mix<V, some>(scores + r * PANEL, values + begin * a.d, c, std::min(c + TILE, width), a.d, to + r);
-                });
+        for (int64_t c = 0; c < width; c += TILE) {
+            const int64_t count = std::min(TILE, width - c);
+            const float *own = values + (begin + c) * a.d;
+            int64_t i = 0;
+            const auto mix = [&](auto w) {
+                for (; i + w * LANES <= a.d; i += w * LANES)
+                    blocks<true, w>(scores + c, PANEL, count, sums + i, a.d, rows, [w, from = own + i, d = a.d](int64_t k, Floats *some) {
+                        for (int j = 0; j < w; j++)
+                            some[j] = load(from + k * d + j * LANES);
+                    });
+            };
+            if (rows <= 2 * ROWS / 4)
+                mix(std::integral_constant<int, 4>());
+            mix(std::integral_constant<int, 2>());
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t k = 0; k < count; k++)
+                    for (int64_t rest = i; rest < a.d; rest++)
+                        sums[r * a.d + rest] += scores[r * PANEL + c + k] * own[k * a.d + rest];
+        }
     }
     for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < a.d; i++)
-            to[r][i] /= by[r];
+            to[r][i] = sums[r * a.d + i] / by[r];
 }
 
 // Positions [n] times frequencies inverse [d / 2] -> cos and sin [n][d / 2].
@@ -374,7 +360,7 @@ static void read(const Call &a, const float *queries, const float *kept, const b
     #pragma omp parallel for num_threads(a.threads)
     for (int64_t part = 0; part < a.threads; part++) {                        // each an equal share of the rows of queries, in the order of their heads
         thread_local std::vector<Floats> room;
-        room.resize(MANY * PANEL / LANES + 2 * a.d);
+        room.resize((MANY * (PANEL + a.d) + BLOCK * a.d + LANES - 1) / LANES);
         for (int64_t row = all * part / a.threads, end = all * (part + 1) / a.threads; row < end;) {
             const int64_t head = row / group, count = std::min({MANY, end - row, (head + 1) * group - row});
             float *out[MANY];
@@ -384,8 +370,7 @@ static void read(const Call &a, const float *queries, const float *kept, const b
                 out[r] = to + ((row + r) % n * a.h + (row + r) / n) * a.d;
             }
             const float *keys = kept + head * a.capacity * a.d, *values = keys + a.k * a.capacity * a.d;
-            const auto attend_d = a.d == 64 ? attend<64 / LANES> : a.d == 128 ? attend<128 / LANES> : attend<0>;
-            attend_d(a, count, tokens, queries + row * a.d, mask, keys, values, out, (float *)room.data(), (float *)(room.data() + MANY * PANEL / LANES));
+            attend(a, count, tokens, queries + row * a.d, mask, keys, values, out, (float *)room.data());
             row += count;
         }
     }
