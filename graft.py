@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +101,16 @@ class GraftConfig:
         for name in ("thresholds", "retained"):
             if not all(0 <= value <= 1 for value in getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected numbers from 0 to 1")
+
+    @property
+    def priced(self) -> bool:
+        return METHODS[self.method].prune and bool(self.verify_cost)
+
+    @cached_property
+    def least(self) -> float:
+        """The log-probability that a drafted node must have to be expanded: it pays for itself where nodes cost least; -inf without prices."""
+        price = min((cost - self.verify_cost[0]) / n for n, cost in enumerate(self.verify_cost) if n) if self.priced else 0
+        return math.log(price) if price > 0 else -math.inf
 
 
 @dataclass
@@ -296,7 +306,7 @@ def truncate(logits: Tensor, config: GraftConfig) -> Tensor:
 
 @dataclass
 class Beam:
-    """What an expansion step leaves on the device: a frontier of f nodes, the k children of each, and which of those go on."""
+    """What an expansion step leaves on a GPU: a frontier of f nodes, the k children of each, and which of those go on."""
 
     values: Tensor                 # [f, k] the children's log-probabilities below their parents
     ids: Tensor                    # [f, k] their tokens
@@ -304,27 +314,20 @@ class Beam:
     scores: Tensor                 # [n] float64, S of those
     hidden: Tensor                 # [1, f, H] of the frontier
     seen: Tensor                   # bool [f, r]: which of the rows drafted so far each of the frontier attends to: its ancestors and itself
-    packed: Tensor | None = None   # the first three as one
+    packed: Tensor                 # the first three as one
 
     @classmethod
-    def choose(cls, values: Tensor, ids: Tensor, top_k: int, scores: Tensor, hidden: Tensor, seen: Tensor) -> "Beam":
-        """From the children [f, k] of a frontier and its S [f]."""
-        sums = (scores[:, None] + values).flatten()
-        scores, kept = sums.topk(min(top_k, len(sums)))
-        return cls(values, ids, kept, scores, hidden, seen)
-
-    @classmethod
-    def greedy(cls, logits: Tensor, ids: Tensor, top_k: int, *rest) -> "Beam":
-        """`choose` by the log-softmax of logits [f, v], for a GPU: its top-k of long rows is slow, of many short ones it is not."""
+    def choose(cls, logits: Tensor, ids: Tensor, top_k: int, scores: Tensor, hidden: Tensor, seen: Tensor) -> "Beam":
+        """From the logits [f, v] of a frontier and its S [f]; a GPU's top-k of long rows is slow, of many short ones it is not."""
         f, v = logits.shape
         best = torch.arange(v, device=ids.device).expand(f, v)
         if v % CHUNK == 0 and v > CHUNK >= top_k:
             some = logits.view(f, -1, CHUNK).topk(top_k, dim=-1, sorted=False).indices                  # [f, chunks, k]
             best = (some + torch.arange(0, v, CHUNK, device=ids.device)[:, None]).flatten(1)
         values, found = logits.float().log_softmax(-1).gather(1, best).topk(top_k, dim=-1)
-        beam = cls.choose(values, ids[best.gather(1, found)], top_k, *rest)
-        beam.packed = torch.cat((beam.values.flatten().double(), beam.ids.flatten().double(), beam.kept.double()))
-        return beam
+        ids = ids[best.gather(1, found)]
+        scores, kept = (scores[:, None] + values).flatten().topk(top_k)
+        return cls(values, ids, kept, scores, hidden, seen, torch.cat((values.flatten().double(), ids.flatten().double(), kept.double())))
 
     def frontier(self) -> tuple[Tensor, Tensor, Tensor]:
         """The next frontier's tokens [1, n], its parents' hidden [1, n, H], which its children share, and what it sees [n, r + n]."""
@@ -334,8 +337,6 @@ class Beam:
 
     def read(self) -> tuple[list[list[float]], list[list[int]], list[int]]:
         """Values, ids and kept on the host."""
-        if self.packed is None:
-            return self.values.tolist(), self.ids.tolist(), self.kept.tolist()
         (f, k), numbers = self.ids.shape, self.packed.tolist()
         rows = [numbers[i:i + k] for i in range(0, 2 * f * k, k)]
         return rows[:f], [list(map(int, row)) for row in rows[f:]], list(map(int, numbers[2 * f * k:]))
@@ -365,35 +366,47 @@ class Drafter:
         self.logits, self.hidden = logits[:, -1], hidden[:, -1:]
 
     def expand(self, root: int, depth: int, top_k: int, sampler: Sampler) -> Iterator[Tree]:
-        """Yield the tree after expansion step 0 (the root's children), 1, ... `depth`; whoever stops asking stops drafting."""
+        """Yield the tree after expansion step 0 (the root's children), 1, ... `depth`; whoever stops asking stops drafting. Of the newest nodes
+        the top_k likeliest go on, outside of graphs only those that could pay."""
         self.tree, self.ran, start = Tree.rooted(root), [], self.cache.length      # ran: the nodes in the order of their cache rows
+        tree, least = self.tree, sampler.config.least
         self.cache.reserve(start + depth * top_k)
-        frontier, beam, chain = [0], None, self.chain(depth, top_k) if sampler.plain else None
+        frontier, chain = [0], self.chain(depth, top_k) if sampler.plain else None
+        logits, hidden = self.logits, self.hidden
         try:
             for step in range(depth + 1):
-                beam = chain.grow(step) if chain else self.grow(beam, step, top_k, sampler)
-                self.ran += frontier if step else []
-                values, ids, kept = beam.read()
-                grown = self.tree.expand(frontier, ids, values)
-                frontier = [grown[child] for child in kept]
-                yield self.tree
+                if chain:
+                    values, ids, kept = chain.grow(step).read()
+                    self.ran += frontier if step else []
+                else:
+                    if step:
+                        logits, hidden = self.grow(frontier, above, hidden)
+                    values, ids = (each.tolist() for each in sampler.children(logits, step, self.ids, top_k))
+                grown, above = tree.expand(frontier, ids, values), frontier
+                frontier = [grown[child] for child in kept] if chain else [i for i in tree.best(grown, top_k) if tree.scores[i] >= least]
+                yield tree
+                if not frontier:
+                    break
         finally:
             self.cache.length = start                                              # guesses are not kept
 
-    def grow(self, above: Beam | None, step: int, top_k: int, sampler: Sampler) -> Beam:
-        """An expansion step below the one above, or from what was read last."""
-        device = self.ids.device
-        if above:
-            tokens, hidden, seen = above.frontier()
-            (n, rows), scores = seen.shape, above.scores
-            positions = torch.full((1, n), self.dropped + self.cache.length - (rows - n) + step - 1, device=device)
-            logits, hidden = self.step(tokens, hidden, positions, seen)
-            logits = logits[0]
-            self.cache.commit(list(range(n)))
-        else:
-            logits, hidden, scores = self.logits, self.hidden, torch.zeros(1, dtype=torch.float64, device=device)
-            seen = torch.zeros(1, 0, dtype=torch.bool, device=device)
-        return Beam.choose(*sampler.children(logits, step, self.ids, top_k), top_k, scores, hidden, seen)
+    def grow(self, frontier: list[int], above: list[int], hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Run n nodes of one depth, children of `above`, whose hidden states [1, f, H] they read -> logits [n, v], hidden [1, n, H]. Each attends to its
+        ancestors and itself, besides the text."""
+        tree, device, drafted = self.tree, self.ids.device, len(self.ran)
+        self.ran += frontier
+        row, place = ({node: i for i, node in enumerate(nodes)} for nodes in (self.ran, above))
+        seen = bytearray(len(frontier) * len(row))
+        for i, node in enumerate(frontier):
+            for other in tree.path(node):
+                seen[i * len(row) + row[other]] = 1
+        tokens = torch.tensor([[tree.tokens[node] for node in frontier]], device=device)
+        parents = torch.tensor([place[tree.parents[node]] for node in frontier], device=device)
+        position = self.dropped + self.cache.length - drafted + tree.depths[frontier[0]] - 1
+        mask = torch.frombuffer(seen, dtype=torch.bool).view(len(frontier), -1).to(device)
+        logits, hidden = self.step(tokens, hidden.index_select(1, parents), torch.full_like(tokens, position), mask)
+        self.cache.commit(list(range(len(frontier))))
+        return logits[0], hidden
 
     def chain(self, depth: int, top_k: int) -> "Chain | None":
         """The graphs of expansion steps, where there can be any."""
@@ -446,7 +459,7 @@ class Chain:
             forward = partial(type(self.network).forward, self.network)            # not the instance's: tools put clocks around it
             logits, hidden = self.run(forward, tokens, hidden, (self.position + (step - 1)).expand(1, n), static, F.pad(seen, (0, 1)))
             logits = logits[0]
-        return fused(Beam.greedy, self.static)(logits, self.ids, self.top_k, scores, hidden, seen)
+        return fused(Beam.choose, self.static)(logits, self.ids, self.top_k, scores, hidden, seen)
 
 
 class EagleDrafter(Drafter):
@@ -558,10 +571,6 @@ class Sequence:
         """How deep a guess below the root can still count."""
         return min(self.config.max_new_tokens, self.limit - len(self.prompt)) - len(self.output) - 1
 
-    @property
-    def priced(self) -> bool:
-        return self.method.prune and bool(self.config.verify_cost)
-
     def commit(self, tree: Tree | None, path: list[int], token: int) -> Round:
         """Add the accepted nodes and the target's own token; cut where plain decoding would have stopped, and say why."""
         tokens = [tree.tokens[node] for node in path[1:]] + [token]
@@ -666,7 +675,7 @@ def retrieve(sequence: Sequence, tree: Tree) -> list[tuple[int, str, Branch]]:
     """Step 3. Branches from the n-gram index and the adjacency matrix, from the root and from the likeliest draft nodes."""
     config, state, method = sequence.config, sequence.state, sequence.method
     with sequence.stats.clock("retrieve"):
-        free = config.budget if sequence.priced else config.budget + 1 - len(tree)
+        free = config.budget if config.priced else config.budget + 1 - len(tree)
         if not method.retrieve or free < 1:
             return []
         nodes = {"all": range(1, len(tree)), "leaves": [i for i in tree.leaves() if i], "root": ()}[method.anchors]
@@ -679,7 +688,7 @@ def retrieve(sequence: Sequence, tree: Tree) -> list[tuple[int, str, Branch]]:
                 path = tuple(tree.tokens[i] for i in tree.path(node))
                 branches.append((node, NGRAM, state.ngrams.propose(free, path)))
         if config.adjacency:
-            size = max(1, free // len(anchors)) if sequence.priced else free       # the template's last nodes would not pay
+            size = max(1, free // len(anchors)) if config.priced else free       # the template's last nodes would not pay
             found = state.adjacency.propose([tree.tokens[node] for node in anchors], size)
             branches += [(node, ADJACENCY, branch) for node, branch in zip(anchors, found)]
         leaning = sequence.sampler.lean_branches([branch for _, _, branch in branches], [tree.depths[node] for node, _, _ in branches])
@@ -694,9 +703,9 @@ def graft(sequence: Sequence, tree: Tree, branches: list[tuple[int, str, Branch]
     compete, and only those likely enough to pay are kept (ours)."""
     config, stats = sequence.config, sequence.stats
     with stats.clock("graft"):
-        stats.merged += tree.graft(branches, len(tree) - 1 + config.budget if sequence.priced else config.budget, config.merge)
+        stats.merged += tree.graft(branches, len(tree) - 1 + config.budget if config.priced else config.budget, config.merge)
         tree = tree.within(sequence.room)
-        if sequence.priced:
+        if config.priced:
             tree = tree.worth(config.verify_cost)
         stats.nodes.update(tree.sources[1:])
         return tree

@@ -31,7 +31,7 @@ import torch  # noqa: E402
 sys.path += [str(Path(__file__).resolve().parent / folder) for folder in ("tools", "variants")]
 from demo_model import command_line, demo_model  # noqa: E402
 from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, Stats, run_rounds  # noqa: E402
-from kernels import compiler, kernels, products  # noqa: E402
+from kernels import compiler, instructions, kernels, products  # noqa: E402
 from model import CheckpointError, Model, fetch_checkpoint, load_draft, load_model, read_json  # noqa: E402
 from render_template import render_template  # noqa: E402
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, whole  # noqa: E402
@@ -356,9 +356,10 @@ def set_up(args) -> Setup:
 
 
 def calibration(model: Model, checkpoint: str | None = None) -> Path:
-    """Where the settings are kept that were calibrated for a checkpoint; None: the demo model. With compiled products nodes are cheaper."""
+    """Where the settings are kept that were calibrated for a checkpoint; None: the demo model. With compiled products nodes are cheaper, by what the
+    CPU can."""
     name = Path(checkpoint).name if checkpoint else "smollm2-135m-instruct"
-    return CALIBRATION / f"{name}-{model.device.type}-{'compiled' if model.products else model.precision}.json"
+    return CALIBRATION / f"{name}-{model.device.type}-{instructions() if model.products else model.precision}.json"
 
 
 def read_calibration(path: Path) -> dict:

@@ -1132,11 +1132,30 @@ def test_choosing_in_chunks_is_choosing(f, v, top_k, rng):
     generator = torch.Generator().manual_seed(rng.randrange(2**32))
     logits, ids = torch.randn(f, v, generator=generator) * 3, torch.randperm(v, generator=generator)
     logits[:, :top_k] += rng.choice([0, 20])
-    rest = top_k, torch.randn(f, generator=generator).double(), torch.zeros(1, f, 4), torch.zeros(f, 0, dtype=torch.bool)
+    scores = torch.randn(f, generator=generator).double()
     values, best = logits.log_softmax(-1).topk(min(top_k, v), dim=-1)
-    whole, chunks = Beam.choose(values, ids[best], *rest), Beam.greedy(logits, ids, *rest)
-    assert all(torch.equal(getattr(whole, name), getattr(chunks, name)) for name in ("values", "ids", "kept", "scores"))
-    assert whole.read() == chunks.read() == (whole.values.tolist(), whole.ids.tolist(), whole.kept.tolist())
+    chosen, kept = (scores[:, None] + values).flatten().topk(top_k)
+    beam = Beam.choose(logits, ids, top_k, scores, torch.zeros(1, f, 4), torch.zeros(f, 0, dtype=torch.bool))
+    assert all(map(torch.equal, (beam.values, beam.ids, beam.kept, beam.scores), (values, ids[best], kept, chosen)))
+    assert beam.read() == (values.tolist(), ids[best].tolist(), kept.tolist())
+
+
+@given(st.integers(1, 6), st.integers(0, 4), st.integers(1, 9), st.floats(0.001, 0.5), st.booleans())
+def test_what_cannot_pay_is_not_expanded(read, depth, top_k, price, chained):
+    """Nor is anything lost that could: of a node at least as likely as the price, no child is."""
+    network = HEAD if chained else MODEL
+    drafter, grown = EagleDrafter(network) if chained else ModelDrafter(network), []
+    torch.manual_seed(read)
+    prices = tuple(price * n for n in range(9))
+    with torch.inference_mode():
+        drafter.observe(torch.randn(1, read, 3 * MODEL.config.hidden_size).double(), torch.randint(0, VOCAB, (1, read + 1)))
+        for fields in (dict(method="graft"), dict(method="graft", verify_cost=prices, budget=8), dict(method="eagle", verify_cost=prices, budget=8)):
+            *_, tree = drafter.expand(3, depth, top_k, Sampler(GraftConfig(**fields), VOCAB, "cpu"))
+            grown.append((tree, list(drafter.ran)))
+    likely = lambda tree: {(tuple(tree.tokens[i] for i in tree.path(node)), tree.scores[node]) for node in range(1, len(tree)) if tree.scores[node] >= math.log(price) + 1e-9}
+    (whole, ran), (pruned, few), (unpriced, _) = grown
+    assert likely(pruned) == likely(whole) and unpriced == whole
+    assert len(few) == sum(whole.scores[node] >= math.log(price) for node in ran)
 
 
 @pytest.mark.parametrize("drafter", ["head", "model"])

@@ -5,10 +5,10 @@
 
 The cost model. A round that takes s expansion steps of the head and verifies n nodes lasts
 
-    T(s, n) = t_observe + s * t_head + t(n) + t_rest
+    T(s, n) = t_observe + t_head(f_1) + ... + t_head(f_s) + t(n) + t_rest
 
-with t(n) the target's time for a forward of root + n nodes, t_observe and t_head the head's time to read the accepted tokens
-and for one expansion step, and t_rest everything else (retrieval, merging, bookkeeping); all are measured here. It commits
+with t(n) the target's time for a forward of root + n nodes, t_observe and t_head(f) the head's time to read the accepted tokens
+and to expand f nodes, those of a step that could pay, and t_rest everything else (retrieval, merging, bookkeeping); all are measured here. It commits
 1 + A tokens, A being the accepted nodes. By renewal reward, the policy with the most tokens a second is the one that in every
 round maximises 1 + A - rate * T, for the rate that this policy itself reaches. Three decisions follow:
 
@@ -45,7 +45,7 @@ from graft import GraftConfig, Sampler, Sequence, Stats, draft_and_prune, graft,
 from model import Model  # noqa: E402
 from tree import ADJACENCY, DRAFT, NGRAM, Tree  # noqa: E402
 
-DEPTH, TOP_K, WIDEST = 7, 8, 60
+DEPTH, TOP_K, BUDGET, WIDEST = 7, 8, 32, 60
 PROMPTS = str(ROOT / "tools" / "calibration_prompts.jsonl")      # written by us, of the kinds that people ask; no benchmark's
 
 
@@ -64,8 +64,8 @@ def median_ms(runs: dict, repeats: int) -> dict:
 
 
 @torch.inference_mode()
-def measure(setup: run.Setup, length: int, repeats: int) -> tuple[list[float], float, float]:
-    """t(n) for n = 0 to 60 nodes behind `length` committed tokens, t_observe, t_head, in milliseconds."""
+def measure(setup: run.Setup, length: int, repeats: int) -> tuple[list[float], float, list[float]]:
+    """t(n) for n = 0 to 60 nodes behind `length` committed tokens, t_observe, and t_head of 1 to TOP_K nodes, in milliseconds."""
     model, state = setup.model, setup.state()
     state.cache.reserve(length + WIDEST + 1)
     state.cache.length = length
@@ -91,7 +91,7 @@ def measure(setup: run.Setup, length: int, repeats: int) -> tuple[list[float], f
             drafter.rewind(length + 1)
             drafter.observe(features, tokens)
 
-        calls |= {"observe": observe, "expand": lambda: list(drafter.expand(7, 4, TOP_K, sampler))}
+        calls |= {"observe": observe} | {f"expand {f}": (lambda f=f: list(drafter.expand(7, 4, f, sampler))) for f in range(1, TOP_K + 1)}
     times = median_ms(calls, repeats)
     t = []
     for n in range(WIDEST + 1):
@@ -99,7 +99,7 @@ def measure(setup: run.Setup, length: int, repeats: int) -> tuple[list[float], f
         t.append(times[below] + (times[above] - times[below]) * ((n - below) / max(above - below, 1)))
     for n in range(WIDEST - 1, -1, -1):      # a larger tree never costs less: what looks so is noise, or a padded kernel
         t[n] = min(t[n], t[n + 1])
-    return t, times.get("observe", 0.0), times.get("expand", 0.0) / 4
+    return t, times.get("observe", 0.0), [times.get(f"expand {f}", 0.0) / 4 for f in range(1, TOP_K + 1)]
 
 
 def bookkeeping(setup: run.Setup, prompts: list[list[int]], options: argparse.Namespace) -> tuple[float, float]:
@@ -153,9 +153,9 @@ class Replay:
 def record(setup: run.Setup, prompts: list[list[int]], new: int, trust: tuple[float, float] = (1.0, 1.0)) -> list[list[dict]]:
     """For each prompt, for each position of its greedy text: what every stopping step would have verified.
 
-    A position holds, by step s, confidence[s] and, for the methods `graft` (also `ngrams`: without the matrix) and `prune`, the nodes likeliest
+    A position holds, by step s, confidence[s], frontier[s], the probabilities of its TOP_K likeliest nodes, and, for the methods `graft` (also `ngrams`: without the matrix) and `prune`, the nodes likeliest
     first as (probability, was the text's, source); for `retrieve` one such list. `paper` holds its fixed stages' trees."""
-    wide = GraftConfig(method="graft", trust=trust, budget=32, verify_cost=(0.0,) * 33, depth=DEPTH, draft_top_k=TOP_K,
+    wide = GraftConfig(method="graft", trust=trust, budget=BUDGET, verify_cost=(0.0,) * (BUDGET + 1), depth=DEPTH, draft_top_k=TOP_K,
                        checkpoints=(), thresholds=(), retained=())
     paper = GraftConfig(method="graft", budget=60, depth=DEPTH, draft_top_k=TOP_K)
     texts, sampler = [], Sampler(GraftConfig(), setup.model.config.vocab_size, setup.model.device)
@@ -191,7 +191,8 @@ def record(setup: run.Setup, prompts: list[list[int]], new: int, trust: tuple[fl
             if not future:
                 continue
             confidence = [math.exp(max(tree.scores[len(trees[s - 1]) if s else 1:])) for s, tree in enumerate(trees)]
-            entry = {"confidence": confidence, "left": len(future), "graft": [], "ngrams": [], "prune": []}
+            frontier = [sorted(map(math.exp, tree.scores[len(trees[s - 1]) if s else 1:]), reverse=True)[:TOP_K] for s, tree in enumerate(trees)]
+            entry = {"confidence": confidence, "frontier": frontier, "left": len(future), "graft": [], "ngrams": [], "prune": []}
             built = lambda method, config: build(setup.model, root, replace(config, method=method), trees, state, len(future))
             for s in range(len(trees)):
                 for method, change in (("graft", {}), ("ngrams", {"adjacency": False}), ("prune", {})):
@@ -234,16 +235,15 @@ class Scorer:
         self.texts, self.t, self.observe, self.head, self.rest = texts, t, observe, head, rest
 
     def walk(self, decide, rest: float = 0.0) -> dict:
-        """decide(position) -> (steps, nodes, n): expansion steps taken (-1: no draft head at all), nodes likeliest first, how
-        many of them to verify. rest: t_rest."""
+        """decide(position) -> (drafting, nodes, n): its milliseconds, nodes likeliest first, how many of them to verify. rest: t_rest."""
         tokens = rounds = spent = verified = 0
         for rounds_of in self.texts:
             at = 0
             while at < len(rounds_of):
-                steps, nodes, n = decide(rounds_of[at])
+                drafting, nodes, n = decide(rounds_of[at])
                 n = min(n, len(nodes))
                 accepted = sum(went for _, went, _ in nodes[:n])
-                spent += self.t[n] + rest + (self.observe + steps * self.head if steps >= 0 else 0)
+                spent += self.t[n] + rest + drafting
                 tokens, rounds, verified, at = tokens + accepted + 1, rounds + 1, verified + n, at + accepted + 1
         return {"tokens_per_second": 1000 * tokens / spent, "tokens_a_round": tokens / rounds, "nodes_a_round": verified / rounds}
 
@@ -253,6 +253,10 @@ class Scorer:
             if position["confidence"][step] < taus[step]:
                 return step
         return depth
+
+    def drafting(self, position: dict, steps: int, least: float = 0.0) -> float:
+        """Milliseconds of so many expansion steps, of the nodes that have at least that probability."""
+        return self.observe + sum(self.head[max(sum(p >= least for p in found), 1) - 1] for found in position["frontier"][:steps])
 
     def cut(self, nodes: list, rate: float) -> int:
         """How many nodes pay at `rate` tokens a second."""
@@ -265,12 +269,14 @@ class Scorer:
         return n
 
     def walk_priced(self, method: str, taus: list[float], depth: int, rate: float) -> dict:
+        least = min(rate * (ms - self.t[0]) / 1000 / n for n, ms in enumerate(self.t[:BUDGET + 1]) if n)       # as GraftConfig's
+
         def decide(position):
             if method == "retrieve":
-                return -1, position["retrieve"], self.cut(position["retrieve"], rate)
+                return 0.0, position["retrieve"], self.cut(position["retrieve"], rate)
             steps = self.stop(position, taus, depth)
             nodes = position[method][steps]
-            return steps, nodes, self.cut(nodes, rate)
+            return self.drafting(position, steps, least), nodes, self.cut(nodes, rate)
         return self.walk(decide, self.rest.get(method, 0.0))
 
 
@@ -296,9 +302,8 @@ def choose(score: Scorer, method: str) -> dict:
     best = max(result["tokens_per_second"] for result, *_ in found)
     print(method, "by depth:", [round(result["tokens_per_second"], 1) for result, *_ in found])
     result, taus, depth, rate = [choice for choice in found if choice[0]["tokens_per_second"] > 0.99 * best][-1]
-    budget = 32
-    cost = [round(rate * ms / 1000, 4) for ms in score.t[:budget + 1]]
-    return {"config": {"budget": budget, "draft_top_k": TOP_K, "depth": depth, "checkpoints": list(range(depth)), "thresholds": taus[:depth],
+    cost = [round(rate * ms / 1000, 4) for ms in score.t[:BUDGET + 1]]
+    return {"config": {"budget": BUDGET, "draft_top_k": TOP_K, "depth": depth, "checkpoints": list(range(depth)), "thresholds": taus[:depth],
                       "retained": [1.0] * depth, "verify_cost": cost}, "predicted": result}
 
 
@@ -334,7 +339,7 @@ def main() -> None:
         torch.cuda.set_device(setup.model.device)
     prompts = [setup.ask(p["text"]) for p in run.read_prompts(args.prompts, None)]
     t, observe, head = measure(setup, args.length, args.repeats)
-    print("t(n), ms:", {n: round(t[n], 1) for n in (0, 3, 7, 15, 31, 60)}, f"observe {observe:.2f}, head step {head:.2f}")
+    print("t(n), ms:", {n: round(t[n], 1) for n in (0, 3, 7, 15, 31, 60)}, f"observe {observe:.2f}, head step of 1, 2, ... nodes", [round(x, 2) for x in head])
     begin = time.perf_counter()
     trust = (1.0, 1.0)
     if setup.head:        # how much less often a retrieved node is right than it claims, where the head proposed other tokens
@@ -350,18 +355,18 @@ def main() -> None:
     rest["retrieve"] = rest["graft"]
     score = Scorer(texts, t, observe, head, rest)
     methods = {"retrieve": choose(score, "retrieve")}
-    plain = score.walk(lambda position: (-1, [], 0))
+    plain = score.walk(lambda position: (0.0, [], 0))
     if setup.head:
         methods |= {"prune": choose(score, "prune"), "graft": choose(score, "graft")}
         without = choose(score, "ngrams")
         pays = methods["graft"]["predicted"]["tokens_per_second"] > without["predicted"]["tokens_per_second"]
         methods["graft"] = methods["graft"] if pays else without
         methods["graft"]["config"] |= {"trust": trust, "adjacency": pays}
-        fixed = {(depth, n): score.walk(lambda position: (depth, position["prune"][depth], n))
+        fixed = {(depth, n): score.walk(lambda position: (score.drafting(position, depth), position["prune"][depth], n))
                  for depth in range(DEPTH + 1) for n in (3, 4, 5, 6, 7, 9, 11, 13, 15, 19, 23, 31)}
         depth, n = max(fixed, key=lambda key: fixed[key]["tokens_per_second"])
         methods["eagle"] = {"config": {"budget": n, "draft_top_k": TOP_K, "depth": depth}, "predicted": fixed[depth, n]}
-        methods["paper"] = {"predicted": score.walk(lambda position: (*position["paper"], 60), rest["graft"])}
+        methods["paper"] = {"predicted": score.walk(lambda position: (score.drafting(position, position["paper"][0]), position["paper"][1], 60), rest["graft"])}
     for name, entry in methods.items():
         entry["predicted"]["speedup"] = entry["predicted"]["tokens_per_second"] / plain["tokens_per_second"]
         entry["predicted"] = {key: round(value, 3) for key, value in entry["predicted"].items()}
@@ -370,7 +375,7 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     report = {"command": command_line("tools/calibrate.py"),
               "environment": run.environment(setup), "positions": positions, "plain_tokens_per_second": round(plain["tokens_per_second"], 2),
-              "floor": floor(setup.model, t), "milliseconds": {"t": [round(x, 3) for x in t], "observe": round(observe, 3), "head": round(head, 3), "rest": {method: round(ms, 3) for method, ms in rest.items()}},
+              "floor": floor(setup.model, t), "milliseconds": {"t": [round(x, 3) for x in t], "observe": round(observe, 3), "head": [round(x, 3) for x in head], "rest": {method: round(ms, 3) for method, ms in rest.items()}},
               "reliability": reliability(texts), "methods": methods}
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print("wrote", out)

@@ -135,7 +135,7 @@ def main() -> None:
     bare = {n: products(setup.model, n, args.repeats) for n in (1, 8, 16, 32)}
     report = {"command": command_line("tools/gap.py"), "environment": run.environment(setup), "floor": floor(setup.model, t),
               "milliseconds": {f"forward_{n}": round(t[n - 1], 2) for n in (1, 4, 8, 16, 32)} | {f"products_{n}": round(ms, 2) for n, ms in bare.items()}
-              | {"head_step": round(head, 2), "head_observe": round(observe, 2)},
+              | {"head_step": {f: round(head[f - 1], 2) for f in (1, 4, len(head))}, "head_observe": round(observe, 2)},
               "lookup_microseconds_by_text_length": lookups(),
               "graft": rounds(setup, [setup.ask(p["text"]) for p in run.read_prompts(PROMPTS, None)[::2][:args.prompts]]), "command_line": seen}
     print(json.dumps(report, indent=1))

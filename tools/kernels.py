@@ -76,6 +76,11 @@ def _library(command: tuple[str, ...], kept: Path) -> ctypes.CDLL:
     return code
 
 
+def instructions() -> str:
+    """What the library was compiled for."""
+    return "avx512" if NUMBER.in_dll(library(), "block_size").value == 32 else "avx2"
+
+
 class Blocks:
     """x @ weight.T in float32 for a matrix [outputs, inputs] in bfloat16, `outputs` being a multiple of the block."""
 
