@@ -490,6 +490,12 @@ def halves_work() -> bool:
     return torch.backends.mkldnn.is_available() and torch.backends.quantized.engine in ("fbgemm", "x86")
 
 
+def in_threes(x: Tensor) -> Tensor:
+    """x [..., n, inputs] with as many rows, zeros at the end, as FBGEMM gives the same numbers each: without AVX512 it sums one or two rows, alone or behind
+    others, in another order."""
+    return F.pad(x, (0, 0, 0, -x.shape[-2] % 3)) if torch.backends.cpu.get_cpu_capability() == "AVX2" else x
+
+
 def mixes(config: ModelConfig, device: str | torch.device) -> bool:
     """Whether `load_model` takes mixed=True."""
     return torch.device(device).type == "cpu" and halves_work() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and not config.moe_layers
@@ -527,6 +533,8 @@ class Linear(Part):
         weight = self.weight.detach().contiguous()
         if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
             return
+        if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():   # a CPU without AVX512
+            return
         exact = mixed or weight.dtype == torch.float32
         if exact and products:
             self.blocks = products(weight)
@@ -543,7 +551,8 @@ class Linear(Part):
         if self.blocks is not None and x.dtype == torch.float32:
             return self.blocks(x)
         if self.halves is not None and x.dtype == torch.float32:
-            return torch.ops.quantized.linear_dynamic_fp16.default(x if self.scale == 1 else x * (1 / self.scale), self.halves)
+            x, n = x if self.scale == 1 else x * (1 / self.scale), x.shape[-2]
+            return torch.ops.quantized.linear_dynamic_fp16.default(in_threes(x), self.halves)[..., :n, :]
         if self.packed is None:
             return F.linear(x, self.weight) if self.weight is not None else self(x.float()).to(x.dtype)
         if x.dtype != self.packed.dtype:     # mixed, and float16 does not hold the weights
