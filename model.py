@@ -533,8 +533,6 @@ class Linear(Part):
         weight = self.weight.detach().contiguous()
         if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
             return
-        if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():   # a CPU without AVX512
-            return
         exact = mixed or weight.dtype == torch.float32
         if exact and products:
             self.blocks = products(weight)
@@ -544,6 +542,8 @@ class Linear(Part):
             if self.scale:
                 self.halves = torch.ops.quantized.linear_prepack_fp16(wide if self.scale == 1 else wide * self.scale, None)
         if self.blocks is self.halves is None or mixed and prompts:
+            if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():       # an x86 CPU without AVX512
+                return
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
         self.weight = None
 

@@ -269,6 +269,16 @@ def test_the_dtype_is_one_that_the_cpu_multiplies(multiplies, monkeypatch):
     assert run.choose_dtype("bfloat16", cpu) == (torch.bfloat16, False) and run.choose_dtype("mixed", cpu) == (torch.bfloat16, True)
 
 
+def test_bfloat16_stays_as_it_is_where_onednn_cannot_pack_it(monkeypatch):
+    """A CPU with AVX2 alone."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    linear, x = Linear(24, 40), torch.randn(5, 24).bfloat16()
+    linear.weight = torch.nn.Parameter(torch.randn(40, 24).bfloat16(), requires_grad=False)
+    expected = F.linear(x, linear.weight)
+    linear.pack()
+    assert linear.packed is None and torch.equal(linear(x), expected)
+
+
 def test_a_start_imports_little(tmp_path):
     """What torch needs for first values on the meta device, or for compiling, takes a second to import."""
     code = (f"import sys, torch; before = 'sympy' in sys.modules; from model import load_model; load_model({str(mixed_target(tmp_path))!r}); "
