@@ -491,9 +491,11 @@ def halves_work() -> bool:
 
 
 def in_threes(x: Tensor) -> Tensor:
-    """x [..., n, inputs] with as many rows, zeros at the end, as FBGEMM gives the same numbers each: without AVX512 it sums one or two rows, alone or behind
-    others, in another order."""
-    return F.pad(x, (0, 0, 0, -x.shape[-2] % 3)) if torch.backends.cpu.get_cpu_capability() == "AVX2" else x
+    """x [..., n, inputs], with more rows where FBGEMM without AVX512 would sum the last one or two of them, alone or behind sixes, in another order."""
+    n, rows = x.shape[-2], x.numel() // x.shape[-1]
+    if not (rows in (1, 2, 7, 14) or rows > 30 and rows % 6 in (1, 2)) or torch.backends.cpu.get_cpu_capability() != "AVX2":
+        return x
+    return x.expand(*x.shape[:-2], 3, -1) if n == 1 else F.pad(x, (0, 0, 0, -n % 3))
 
 
 def mixes(config: ModelConfig, device: str | torch.device) -> bool:
@@ -552,7 +554,8 @@ class Linear(Part):
             return self.blocks(x)
         if self.halves is not None and x.dtype == torch.float32:
             x, n = x if self.scale == 1 else x * (1 / self.scale), x.shape[-2]
-            return torch.ops.quantized.linear_dynamic_fp16.default(in_threes(x), self.halves)[..., :n, :]
+            found = torch.ops.quantized.linear_dynamic_fp16.default(in_threes(x), self.halves)
+            return found if found.shape[-2] == n else found[..., :n, :]
         if self.packed is None:
             return F.linear(x, self.weight) if self.weight is not None else self(x.float()).to(x.dtype)
         if x.dtype != self.packed.dtype:     # mixed, and float16 does not hold the weights
