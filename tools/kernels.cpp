@@ -40,7 +40,7 @@ static inline void with_constant(int64_t rows, Run run) {
 
 // ------------------------------------------------------------------------------------------------------------ y = x W^T
 
-// R rows of x, `apart` from each other, times the two registers of weights that `weights` gives for each input -> y [R][BLOCK], rows `stride` apart; ADD: to
+// R rows of x, `apart` from each other, times the W registers of weights that `weights` gives for each input -> y [R][W LANES], rows `stride` apart; ADD: to
 // what is there.
 template <bool ADD, int W, int R, class Weights>
 static inline void block(const float *x, int64_t apart, int64_t inputs, float *y, int64_t stride, Weights weights) {
@@ -254,8 +254,8 @@ static float soften(float *scores, int64_t count, float &highest) {
     return sum(sums);
 }
 
-// Up to MANY rows of queries [rows][d], of these tokens, over one head's keys and values [m][d]. For one after the other: scores [rows][PANEL], keys turned
-// [d][BLOCK], sums [rows][d] of values.
+// Up to MANY rows of queries [rows][d], of these tokens, over one head's keys and values [m][d]. `scores` has room for them,
+// [rows][PANEL], and behind them for BLOCK keys turned round, [d][BLOCK], and sums of values, [rows][d].
 static void attend(const Call &a, int64_t rows, const int64_t *tokens, const float *queries, const bool *mask, const float *keys, const float *values,
                    float *const *to, float *scores) {
     float highest[MANY], by[MANY], *turned = scores + rows * PANEL, *sums = turned + a.d * BLOCK;
