@@ -6,6 +6,7 @@ Commands run in this process on a tiny checkpoint whose tokenizer is made here, 
 import json
 import os
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import demo_model  # noqa: E402
 import endurance  # noqa: E402
+import kernels  # noqa: E402
 import model  # noqa: E402
 import render_template  # noqa: E402
 import run  # noqa: E402
@@ -78,6 +80,13 @@ def limited(which: int, amount: int):
         yield
     finally:
         resource.setrlimit(which, before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_before():
+    """A machine's first start says that it compiles: not where a test counts lines."""
+    if shutil.which(base.COMPILER):
+        kernels.library()
 
 
 def one_line(error: str, *words: str) -> bool:
