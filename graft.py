@@ -375,9 +375,9 @@ class Drafter:
         logits, hidden = self.logits, self.hidden
         try:
             for step in range(depth + 1):
+                self.ran += frontier if step else []
                 if chain:
                     values, ids, kept = chain.grow(step).read()
-                    self.ran += frontier if step else []
                 else:
                     if step:
                         logits, hidden = self.grow(frontier, above, hidden)
@@ -391,10 +391,9 @@ class Drafter:
             self.cache.length = start                                              # guesses are not kept
 
     def grow(self, frontier: list[int], above: list[int], hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Run n nodes of one depth, children of `above`, whose hidden states [1, f, H] they read -> logits [n, v], hidden [1, n, H]. Each attends to its
-        ancestors and itself, besides the text."""
-        tree, device, drafted = self.tree, self.ids.device, len(self.ran)
-        self.ran += frontier
+        """Run n nodes of one depth, the last in `ran`, children of `above`, whose hidden states [1, f, H] they read -> logits [n, v], hidden [1, n, H].
+        Each attends to its ancestors and itself, besides the text."""
+        tree, device = self.tree, self.ids.device
         row, place = ({node: i for i, node in enumerate(nodes)} for nodes in (self.ran, above))
         seen = bytearray(len(frontier) * len(row))
         for i, node in enumerate(frontier):
@@ -402,7 +401,7 @@ class Drafter:
                 seen[i * len(row) + row[other]] = 1
         tokens = torch.tensor([[tree.tokens[node] for node in frontier]], device=device)
         parents = torch.tensor([place[tree.parents[node]] for node in frontier], device=device)
-        position = self.dropped + self.cache.length - drafted + tree.depths[frontier[0]] - 1
+        position = self.dropped + self.cache.length + len(frontier) - len(row) + tree.depths[frontier[0]] - 1
         mask = torch.frombuffer(seen, dtype=torch.bool).view(len(frontier), -1).to(device)
         logits, hidden = self.step(tokens, hidden.index_select(1, parents), torch.full_like(tokens, position), mask)
         self.cache.commit(list(range(len(frontier))))

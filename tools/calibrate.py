@@ -153,7 +153,7 @@ class Replay:
 def record(setup: run.Setup, prompts: list[list[int]], new: int, trust: tuple[float, float] = (1.0, 1.0)) -> list[list[dict]]:
     """For each prompt, for each position of its greedy text: what every stopping step would have verified.
 
-    A position holds, by step s, confidence[s], frontier[s], the probabilities of its TOP_K likeliest nodes, and, for the methods `graft` (also `ngrams`: without the matrix) and `prune`, the nodes likeliest
+    A position holds, by step s, frontier[s], the probabilities of its TOP_K likeliest nodes, the first of which is its confidence, and, for the methods `graft` (also `ngrams`: without the matrix) and `prune`, the nodes likeliest
     first as (probability, was the text's, source); for `retrieve` one such list. `paper` holds its fixed stages' trees."""
     wide = GraftConfig(method="graft", trust=trust, budget=BUDGET, verify_cost=(0.0,) * (BUDGET + 1), depth=DEPTH, draft_top_k=TOP_K,
                        checkpoints=(), thresholds=(), retained=())
@@ -190,9 +190,8 @@ def record(setup: run.Setup, prompts: list[list[int]], new: int, trust: tuple[fl
                 trees = [tree.select(range(len(tree))) for tree in drafter.expand(root, DEPTH, TOP_K, sampler)]
             if not future:
                 continue
-            confidence = [math.exp(max(tree.scores[len(trees[s - 1]) if s else 1:])) for s, tree in enumerate(trees)]
             frontier = [sorted(map(math.exp, tree.scores[len(trees[s - 1]) if s else 1:]), reverse=True)[:TOP_K] for s, tree in enumerate(trees)]
-            entry = {"confidence": confidence, "frontier": frontier, "left": len(future), "graft": [], "ngrams": [], "prune": []}
+            entry = {"frontier": frontier, "left": len(future), "graft": [], "ngrams": [], "prune": []}
             built = lambda method, config: build(setup.model, root, replace(config, method=method), trees, state, len(future))
             for s in range(len(trees)):
                 for method, change in (("graft", {}), ("ngrams", {"adjacency": False}), ("prune", {})):
@@ -250,7 +249,7 @@ class Scorer:
     def stop(self, position: dict, taus: list[float], depth: int) -> int:
         """How many expansion steps are taken: the first step whose confidence is below its threshold is the last."""
         for step in range(depth):
-            if position["confidence"][step] < taus[step]:
+            if position["frontier"][step][0] < taus[step]:
                 return step
         return depth
 
@@ -269,7 +268,7 @@ class Scorer:
         return n
 
     def walk_priced(self, method: str, taus: list[float], depth: int, rate: float) -> dict:
-        least = min(rate * (ms - self.t[0]) / 1000 / n for n, ms in enumerate(self.t[:BUDGET + 1]) if n)       # as GraftConfig's
+        least = math.exp(GraftConfig(budget=BUDGET, verify_cost=tuple(rate * ms / 1000 for ms in self.t[:BUDGET + 1])).least)
 
         def decide(position):
             if method == "retrieve":

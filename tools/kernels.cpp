@@ -71,6 +71,15 @@ static inline void blocks(const float *x, int64_t apart, int64_t inputs, float *
     }
 }
 
+// For `blocks`: W registers of each row of numbers, `apart` from each other.
+template <int W>
+static inline auto registers(const float *from, int64_t apart) {
+    return [from, apart](int64_t k, Floats *some) {
+        for (int i = 0; i < W; i++)
+            some[i] = load(from + k * apart + i * LANES);
+    };
+}
+
 extern "C" const int64_t block_size = BLOCK;
 
 // x [rows][inputs], y [rows][outputs]; outputs is a multiple of BLOCK. A few rows of a small model wait for W to arrive from memory, and a CPU's own
@@ -271,10 +280,7 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
         for (int64_t c = 0; c < width; c += BLOCK) {
             transpose(keys + (begin + c) * a.d, width - c, a.d, turned);
             transpose(keys + (begin + c + LANES) * a.d, width - c - LANES, a.d, turned + LANES);
-            blocks<false>(queries, a.d, a.d, scores + c, PANEL, rows, [turned](int64_t i, Floats *some) {
-                some[0] = load(turned + i * BLOCK);
-                some[1] = load(turned + i * BLOCK + LANES);
-            });
+            blocks<false>(queries, a.d, a.d, scores + c, PANEL, rows, registers<2>(turned, BLOCK));
         }
         for (int64_t r = 0; r < rows; r++) {
             float *own = scores + r * PANEL;
@@ -293,12 +299,9 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
             int64_t i = 0;
             const auto mix = [&](auto w) {
                 for (; i + w * LANES <= a.d; i += w * LANES)
-                    blocks<true, w>(scores + c, PANEL, count, sums + i, a.d, rows, [w, from = own + i, d = a.d](int64_t k, Floats *some) {
-                        for (int j = 0; j < w; j++)
-                            some[j] = load(from + k * d + j * LANES);
-                    });
+                    blocks<true, w>(scores + c, PANEL, count, sums + i, a.d, rows, registers<w>(own + i, a.d));
             };
-            if (rows <= 2 * ROWS / 4)
+            if (rows <= 2 * ROWS / 4)                                         // few: with more sums at a time none waits for the one before
                 mix(std::integral_constant<int, 4>());
             mix(std::integral_constant<int, 2>());
             for (int64_t r = 0; r < rows; r++)
