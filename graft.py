@@ -4,7 +4,8 @@ After Shen et al., "Draft Less, Retrieve More: Hybrid Tree Construction for Spec
 serves every method; they differ in which steps of a round they take (`METHODS`). Greedy output is that of plain decoding,
 token by token: the tree decides only how many tokens a round commits, never which.
 
-Letters in shapes: n nodes with the root, m accepted nodes, V vocabulary, H hidden size.
+Letters in shapes: n nodes with the root, m accepted nodes, V vocabulary, H hidden size; while drafting f nodes of a frontier, k children of
+each, r nodes drafted so far, v the draft's vocabulary.
 """
 
 import math
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from model import Captured, Eagle3, KVCache, Model, PackedCache, StaticCache, fused
 from retrieval import AdjacencyMatrix, NGramIndex
-from tree import ADJACENCY, NGRAM, TARGET, Branch, Tree
+from tree import ADJACENCY, DRAFT, NGRAM, TARGET, Branch, Tree
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ class GraftConfig:
             raise ValueError(f"checkpoints is {self.checkpoints}; expected rising expansion steps from 0")
         if self.verify_cost and len(self.verify_cost) != self.budget + 1:
             raise ValueError(f"verify_cost has {len(self.verify_cost)} entries; expected none or one for each of 0 to {self.budget} nodes")
+        if not all(math.isfinite(cost) for cost in self.verify_cost):
+            raise ValueError(f"verify_cost is {self.verify_cost}; expected finite numbers")
         if len(self.trust) != 2 or not all(0 < factor <= 1 for factor in self.trust):
             raise ValueError(f"trust is {self.trust}; expected two numbers above 0, at most 1")
         for name in ("thresholds", "retained"):
@@ -111,6 +114,48 @@ class GraftConfig:
         """The log-probability that a drafted node must have to be expanded: it pays for itself where nodes cost least; -inf without prices."""
         price = min((cost - self.verify_cost[0]) / n for n, cost in enumerate(self.verify_cost) if n) if self.priced else 0
         return math.log(price) if price > 0 else -math.inf
+
+
+@torch.inference_mode()
+def verify_once(model: Model, cache: KVCache, n: int, taps: tuple[int, ...] = ()) -> None:
+    """Run what verifies n nodes behind the committed rows of `cache`, for a clock: no row stays."""
+    tree = Tree.rooted(0)
+    for node in range(1, n + 1):                                                       # other tokens, so that a mixture reads other experts
+        tree.add(node % model.config.vocab_size, max(0, node - 3), 0.0, DRAFT)
+    tokens, mask = torch.tensor([tree.tokens], device=model.device), tree.mask(model.device) if n else None
+    logits, _ = model(tokens, tree.positions(cache.length, model.device)[None], cache, mask, taps=taps)
+    likeliest(logits[0], model.kernels)
+
+
+def measure_cost(model: Model, budget: int) -> list[float]:
+    """Seconds that verifying n = 0, 1, ... `budget` nodes takes here: of a few sizes the fastest of four forwards, or of two where four would take more than
+    half a second; straight lines between, and on behind the last."""
+    seconds = dict.fromkeys((0, 1, 3, 5, 7, 15), math.inf)
+    cache, start = model.new_cache(128 + 16), time.perf_counter()
+    cache.length = 128
+    for turn in range(4):
+        if turn > 1 and time.perf_counter() - start > 0.5:
+            break
+        for n in seconds:
+            begin = time.perf_counter()
+            verify_once(model, cache, n)
+            seconds[n] = min(seconds[n], time.perf_counter() - begin)
+    known = list(seconds)
+    cost = []
+    for n in range(budget + 1):
+        below, above = next(((a, b) for a, b in zip(known, known[1:]) if n <= b), known[-2:])
+        line = seconds[below] + (seconds[above] - seconds[below]) * (n - below) / (above - below)
+        cost.append(max(line, *cost[-1:], seconds[0]))                                 # a larger tree never costs less: what looks so is noise
+    return cost
+
+
+def tune(model: Model, budget: int = 32) -> dict:
+    """GraftConfig's fields for a model and a machine for which tools/calibrate.py has not run: prices are measured, at twice the tokens that plain decoding makes
+    in that time; drafting stops where the best path is less likely than 0.4; and beside a draft head the matrix, which takes a millisecond or two, is used
+    where that is little. On the demo model this decodes within some hundredths as fast as what calibration chooses."""
+    plain, *_ = seconds = measure_cost(model, budget)
+    return {"budget": budget, "depth": 7, "draft_top_k": 8, "checkpoints": tuple(range(7)), "thresholds": (0.4,) * 7, "retained": (1.0,) * 7,
+            "adjacency": plain > 0.1, "verify_cost": tuple(2 * each / plain for each in seconds)}
 
 
 @dataclass
@@ -165,7 +210,7 @@ class Sampler:
 
     def __init__(self, config: GraftConfig, vocab_size: int, device, kernels: Callable | None = None):
         self.config, self.stream, self.position = config, mix(torch.tensor(config.seed)), 0   # position of the token to be picked next
-        self.kernels = kernels                                                         # the target's
+        self.kernels = kernels                                                         # the target's; here only its `top` is used
         self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)           # which tokens the text holds
         self.rows: dict[int, Tensor] = {}                                              # the noise of whole positions
 
@@ -363,7 +408,7 @@ class Drafter:
         positions = torch.arange(start + self.dropped, start + self.dropped + count, device=tokens.device)[None]
         logits, hidden = self.step(tokens, hidden, positions, None)                # no mask: the last token's logits are enough
         self.cache.commit(list(range(count)))
-        self.logits, self.hidden = logits[:, -1], hidden[:, -1:]
+        self.logits, self.hidden = logits[:, -1], hidden[:, -1:].to(self.cache.rows.dtype)   # a prompt's are narrow in mixed precision
 
     def expand(self, root: int, depth: int, top_k: int, sampler: Sampler) -> Iterator[Tree]:
         """Yield the tree after expansion step 0 (the root's children), 1, ... `depth`; whoever stops asking stops drafting. Of the newest nodes
@@ -677,7 +722,7 @@ def retrieve(sequence: Sequence, tree: Tree) -> list[tuple[int, str, Branch]]:
         free = config.budget if config.priced else config.budget + 1 - len(tree)
         if not method.retrieve or free < 1:
             return []
-        nodes = {"all": range(1, len(tree)), "leaves": [i for i in tree.leaves() if i], "root": ()}[method.anchors]
+        nodes = [i for i in tree.leaves() if i] if method.anchors == "leaves" else range(1, len(tree)) if method.anchors == "all" else ()
         anchors = tree.best(nodes, config.graft_anchors)
         if method.anchors != "leaves" or not anchors:
             anchors = [0, *anchors]

@@ -823,9 +823,9 @@ class _Decoder(nn.Module):
         """Of caches, and so of decoding and verification."""
         return torch.float32 if self.mixed else self.norm.weight.dtype
 
-    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
-        cache = KVCache(self.config, capacity, self.cache_dtype, self.norm.weight.device, batch)
-        if batch == 1 and (self.norm.weight.is_cuda if self.graphs is None else self.graphs):
+    def new_cache(self, capacity: int) -> KVCache:
+        cache = KVCache(self.config, capacity, self.cache_dtype, self.norm.weight.device)
+        if self.norm.weight.is_cuda if self.graphs is None else self.graphs:
             cache.spare = self.spare
         return cache
 
@@ -952,7 +952,7 @@ def fetch_checkpoint(name: str, revision: str | None = None) -> Path:
     try:
         patterns = ["*.safetensors", "*.json", "*.jinja", "pytorch_model.bin"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"checkpoint {name!r} is no local folder and could not be had from the Hub: {reason}") from None
 
@@ -980,7 +980,7 @@ class _Tensors:
                 tensors = {rename(str(name)): value for name, value in tensors.items()}
                 self.shapes = {name: tuple(value.shape) for name, value in tensors.items()}
             except Exception as error:  # torch raises whatever the damage provokes
-                raise CheckpointError(f"{path}: not a file of plain tensors ({str(error).splitlines()[0]:.120})") from None
+                raise CheckpointError(f"{path}: not a file of plain tensors ({(str(error) or type(error).__name__).splitlines()[0]:.120})") from None
             self.read = {name: (lambda value=value: value) for name, value in tensors.items()}
             return
         else:

@@ -30,7 +30,7 @@ import torch  # noqa: E402
 
 sys.path += [str(Path(__file__).resolve().parent / folder) for folder in ("tools", "variants")]
 from demo_model import command_line, demo_model  # noqa: E402
-from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, Stats, run_rounds  # noqa: E402
+from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, Stats, measure_cost, run_rounds, tune  # noqa: E402
 from kernels import compiler, instructions, kernels, products  # noqa: E402
 from model import CheckpointError, Model, fetch_checkpoint, load_draft, load_model, read_json  # noqa: E402
 from render_template import render_template  # noqa: E402
@@ -40,7 +40,7 @@ from tree import TARGET, Tree  # noqa: E402
 DEMO_HEAD = Path(__file__).resolve().parent / "assets" / "smollm2-135m-eagle3"
 DEMO_STORE = DEMO_HEAD.parent / "smollm2-135m-store.safetensors"   # tools/warm_store.py
 CALIBRATION = DEMO_HEAD.parent / "calibration"                     # tools/calibrate.py
-CPU_BUDGET, GPU_BUDGET = 15, 60      # nodes below the root where nothing was calibrated; a CPU pays for each, a large GPU hardly
+CPU_BUDGET, GPU_BUDGET = 15, 60      # nodes below the root where nodes have no price; a CPU pays for each, a large GPU hardly
 GPU_CHUNK = 2048                     # tokens of a prompt a forward, on a GPU, which waits for the launches of 512 longer than for their work
 PAPER = dict(budget=60, depth=7, draft_top_k=10, verify_cost=())   # EAGLE-3's defaults, on which the paper builds
 ABLATIONS = {                        # what bench runs besides the methods: the method, and what it changes
@@ -153,7 +153,8 @@ class Stream:
             if (found := self.pending.find(stop)) >= 0:
                 self.pending, last = self.pending[:found], True
         held = 0 if last else max((len(stop) - 1 for stop in self.stops), default=0)
-        out, self.pending = self.pending[:len(self.pending) - held], self.pending[len(self.pending) - held:]
+        cut = max(0, len(self.pending) - held)
+        out, self.pending = self.pending[:cut], self.pending[cut:]
         self.done += out
         return out
 
@@ -302,7 +303,8 @@ def choose_products(asked: bool | None, device: torch.device, dtype: torch.dtype
         say(f"{error}; going on without")
 
 
-def set_up(args) -> Setup:
+def set_up(args, calibrated: bool = True) -> Setup:
+    """calibrated: with the settings of tools/calibrate.py, or what stands in for them."""
     device = choose_device(args.device)
     dtype, mixed = choose_dtype(args.dtype, device)
     folder = fetch_checkpoint(args.model, args.revision) if args.model else demo_model(say)
@@ -340,9 +342,7 @@ def set_up(args) -> Setup:
                          top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty,
                          budget=args.budget or (CPU_BUDGET if device.type == "cpu" else GPU_BUDGET),
                          prefill_chunk=GraftConfig.prefill_chunk if device.type == "cpu" else GPU_CHUNK)
-    path = calibration(model) if not args.model else None
-    path = Path(args.calibration) if args.calibration else path
-    tuned = read_calibration(path) if path and (args.calibration or path.exists()) else {}
+    tuned = settings(args, model) if calibrated else {}
     for fields in tuned.values() if args.budget else ():
         fields["budget"], prices = args.budget, fields.pop("verify_cost", ())
         if len(prices) > args.budget:
@@ -362,16 +362,34 @@ def calibration(model: Model, checkpoint: str | None = None) -> Path:
     return CALIBRATION / f"{name}-{model.device.type}-{instructions() if model.products else model.precision}.json"
 
 
-def read_calibration(path: Path) -> dict:
-    """By method, the fields of GraftConfig that tools/calibrate.py chose."""
+def settings(args, model: Model) -> dict:
+    """By method, fields of GraftConfig: from --calibration, or the demo model's own for this device. On a CPU where neither was calibrated, prices are measured now."""
+    path = Path(args.calibration) if args.calibration else calibration(model) if not args.model else None
+    if not args.calibration and (path is None or not path.exists()):
+        if model.device.type != "cpu":
+            return {}
+        found = tune(model)
+        return {"retrieve": found | {"adjacency": True}, "prune": found, "graft": dict(found)}
+    tuned, machine = read_calibration(path)
+    priced = [fields for fields in tuned.values() if "verify_cost" in fields]
+    if priced and not args.calibration and model.device.type == "cpu" and machine != (processor(), torch.get_num_threads()):
+        cost = measure_cost(model, max(fields["budget"] for fields in priced))
+        for fields in priced:
+            fields["verify_cost"] = tuple(fields["verify_cost"][0] * each / cost[0] for each in cost[:fields["budget"] + 1])
+    return tuned
+
+
+def read_calibration(path: Path) -> tuple[dict, tuple]:
+    """By method, the fields of GraftConfig that tools/calibrate.py chose; and for which processor and threads."""
     try:
-        methods = json.loads(path.read_text(encoding="utf-8"))["methods"]
+        report = json.loads(path.read_text(encoding="utf-8"))
+        methods, machine = report["methods"], report.get("environment", {})
         tuned = {name: {k: tuple(v) if isinstance(v, list) else v for k, v in entry["config"].items()} for name, entry in methods.items() if "config" in entry}
         for fields in tuned.values():
             GraftConfig(**fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"calibration {path}: not a file that tools/calibrate.py wrote ({error})") from None
-    return tuned
+    return tuned, (machine.get("device"), machine.get("threads"))
 
 
 def read_text(path: str, what: str) -> str:
@@ -499,30 +517,31 @@ def command_chat(args) -> int:
     state, messages = setup.state(plan), []
     if not args.quiet:
         say("An empty line or Ctrl-D ends the conversation; /reset starts a new one.")
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            line = ""
-        if not line:
-            break
-        if line == "/reset":
-            messages = []
-            continue
-        turn = {"role": "user", "content": line}
-        try:
-            check_text(line)
-            ids = setup.ids([*messages, turn])
-            _, text, stats, seconds = answer(setup, plan, ids, state, args, lambda piece: print(piece, end="", flush=True))
-        except ValueError as error:
-            say(f"error: {error}")
-            continue
-        messages += [turn, {"role": "assistant", "content": text}]
-        print("\n\n" + text if args.show_tree else "")
-        if not args.quiet:
-            say(summary(setup, setup.method, stats, seconds))
-    setup.keep(state)
-    return 0
+    try:
+        while True:
+            try:
+                line = input("> " if sys.stdin.isatty() else "").strip()
+            except (EOFError, KeyboardInterrupt):
+                line = ""
+            if not line:
+                return 0
+            if line == "/reset":
+                messages = []
+                continue
+            turn = {"role": "user", "content": line}
+            try:
+                check_text(line)
+                ids = setup.ids([*messages, turn])
+                _, text, stats, seconds = answer(setup, plan, ids, state, args, lambda piece: print(piece, end="", flush=True))
+            except ValueError as error:
+                say(f"error: {error}")
+                continue
+            messages += [turn, {"role": "assistant", "content": text}]
+            print("\n\n" + text if args.show_tree else "")
+            if not args.quiet:
+                say(summary(setup, setup.method, stats, seconds))
+    finally:
+        setup.keep(state)
 
 
 # -------------------------------------------------------------------------------------------------------------- bench
@@ -545,12 +564,17 @@ def read_prompts(path: str, per_task: int | None) -> list[dict]:
     return prompts
 
 
-def environment(setup: Setup) -> dict:
-    cpu = platform.processor() or platform.machine()
+def processor() -> str:
+    """The CPU's name."""
+    name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), cpu)
+        name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
+    return name
+
+
+def environment(setup: Setup) -> dict:
     device = setup.model.device
-    return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, "kind": device.type,
+    return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(), "kind": device.type,
             "dtype": setup.model.precision, "compiled": bool(setup.model.kernels or setup.model.compiled), "torch": torch.__version__, "threads": torch.get_num_threads(),
             "python": platform.python_version(), "seed": setup.base.seed}
 
@@ -586,9 +610,12 @@ def divergence(exact: Model, config: GraftConfig, prompt: list[int], plain: list
     if at is None:
         return {"kind": "identical" if plain == other else "different", "at": min(len(plain), len(other))}
     prefix = prompt + plain[:at]
+    cache = exact.new_cache(len(prefix))
     with torch.inference_mode():
-        positions = torch.arange(len(prefix), device=exact.device)[None]
-        logits = exact(torch.tensor([prefix], device=exact.device), positions, exact.new_cache(len(prefix)), last_only=True)[0][0]
+        for tokens in torch.tensor([prefix], device=exact.device).split(config.prefill_chunk, dim=1):
+            count = tokens.shape[1]
+            logits = exact(tokens, torch.arange(cache.length, cache.length + count, device=exact.device)[None], cache, last_only=True)[0][0]
+            cache.commit(list(range(count)))
     scores = {}             # cut: as the sampler scores them; whole: so that a token which rounding pushed over an edge has a score too
     for name, rules in (("cut", config), ("whole", replace(config, top_k=0, top_p=1.0, min_p=0.0))):
         sampler = Sampler(rules, exact.config.vocab_size, exact.device)
@@ -645,17 +672,20 @@ def complete(setup: Setup, plan: Plan, batch: list[list[int]], args) -> list[tup
 
 def command_verify(args) -> int:
     """Compare methods with plain decoding, and plain decoding with itself where the prompt is read in other chunks."""
+    methods = known(args.methods, "--methods") if args.methods else []
     prompts = read_prompts(args.prompts, args.limit_per_task)
     writable(args.json)
     setup = set_up(args)
-    plain, exact, found = setup.plan("ar"), setup.exact(), {}
+    plain, exact, found = setup.plan("ar"), None, {}
     plans = {"ar, other chunks": replace(plain, config=replace(plain.config, prefill_chunk=61))}
-    plans |= {name: setup.plan(name) for name in known(args.methods or setup.method, "--methods") if name != "ar"}
+    plans |= {name: setup.plan(name) for name in methods or [setup.method] if name != "ar"}
     for number, prompt in enumerate(prompts):
         ids = setup.ask(prompt["text"])
         expected = complete(setup, plain, [ids], args)[0][0]
         for name, plan in plans.items():
-            entry = divergence(exact, plain.config, ids, expected, complete(setup, plan, [ids], args)[0][0], setup.tie)
+            output = complete(setup, plan, [ids], args)[0][0]
+            exact = exact or (setup.exact() if output != expected else None)
+            entry = divergence(exact, plain.config, ids, expected, output, setup.tie)
             found.setdefault(name, []).append({"id": prompt["id"]} | entry)
             if entry["kind"] != "identical":
                 say(f"\r{prompt['id']}, {name}: {entry['kind']} at token {entry['at']}, {entry.get('tokens', '')} {entry.get('float32_logits', '')}")
@@ -663,12 +693,12 @@ def command_verify(args) -> int:
     say()
     counts = {name: {kind: sum(e["kind"] == kind for e in entries) for kind in ("identical", "near_tie", "different")} for name, entries in found.items()}
     for name, count in counts.items():
-        print(f"{name + ':':20} {count['identical']} identical, {count['near_tie']} near ties, {count['different']} different")
+        print(f"{name + ':':20} {count['identical']} identical, {count['near_tie']} near ties, {count['different']} different{' (lossy)' * plans[name].lossy}")
     if args.json:
         report = {"command": command_line("run.py"), "environment": environment(setup), "near_tie_in_logits": setup.tie, "counts": counts, "found": found}
         with whole(args.json) as file:
             file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 1 if any(count["different"] for count in counts.values()) else 0
+    return 1 if any(count["different"] for name, count in counts.items() if not plans[name].lossy) else 0
 
 
 def known(names: str, flag: str, accepted=EVERY) -> list[str]:
@@ -836,6 +866,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))   # None: closed by >&-
+    sys.stdin = sys.stdin or open(os.devnull)
     try:
         args = parse(argv)
         return {"generate": command_generate, "chat": command_chat, "bench": command_bench, "verify": command_verify}[args.command](args)

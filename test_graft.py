@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 import run
 import kernels  # in tools/, which run.py puts on the path
 import train_eagle3  # so is this
-from graft import CHUNK, METHODS, Beam, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, generate, generate_batch, likeliest, run_rounds
+from graft import CHUNK, METHODS, Beam, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, generate, generate_batch, likeliest, measure_cost, run_rounds
 from model import (MLP, CheckpointError, Eagle3, KVCache, Linear, Model, ModelConfig, MoE, RMSNorm, attention, checkpoint_layout, half_scale, halves_work,
                    load_eagle3, load_model, mixes, unstacked)
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, template
@@ -244,7 +244,10 @@ def test_every_method_in_mixed_precision_is_plain_decoding(method, temperature, 
         plain, _ = collect(target, prompt, replace(config, method="ar"))
         for eos in ((), (plain[40],)):
             expected = plain[:plain.index(eos[0]) + 1] if eos else plain
-            assert collect(target, prompt, replace(config, eos_token_ids=eos), state=State(target, EagleDrafter(head)))[0] == expected
+            state = State(target, EagleDrafter(head))
+            assert collect(target, prompt, replace(config, eos_token_ids=eos), state=state)[0] == expected
+        next(generate(target, prompt, replace(config, method="eagle"), state=state))
+        assert state.drafter.hidden.dtype == torch.float32                             # what drafts behind a prompt, which is read in bfloat16
 
 
 def test_what_cannot_be_mixed_is_refused(tmp_path):
@@ -1296,9 +1299,9 @@ def test_a_long_cache_is_read_whole_and_what_was_not_written_counts_for_nothing(
 
 @pytest.mark.parametrize("fields", [dict(method="magic"), dict(budget=0), dict(max_new_tokens=0), dict(depth=-1), dict(top_k=1.5),
                                     dict(thresholds=(2, 0, 0)), dict(checkpoints=(5, 1, 0)), dict(retained=(1,)), dict(temperature=-1), dict(top_p=0), dict(min_p=2), dict(top_k=-1), dict(repetition_penalty=0),
-                                    dict(verify_cost=(0.0, 1.0)), dict(trust=(0.5, 0))])
+                                    dict(verify_cost=(0.0, 1.0)), dict(budget=1, verify_cost=(0.0, math.nan)), dict(trust=(0.5, 0))])
 def test_a_bad_config_names_its_field(fields):
-    with pytest.raises(ValueError, match=next(iter(fields))):
+    with pytest.raises(ValueError, match=list(fields)[-1]):
         GraftConfig(**fields)
 
 
@@ -1492,7 +1495,7 @@ def test_what_compiled_layers_cannot_do_is_done_without_them():
     with torch.inference_mode():
         tokens = torch.randint(0, VOCAB, (2, 3))
         twin.runs.clear()
-        whole = [network(tokens, torch.arange(3)[None], network.new_cache(3, batch=2))[0] for network in (twin, without)]
+        whole = [network(tokens, torch.arange(3)[None], KVCache(network.config, 3, torch.float32, "cpu", batch=2))[0] for network in (twin, without)]
         assert torch.equal(*whole) and not twin.runs
         with pytest.raises(ValueError, match="reserve more"):
             twin(tokens[:1], torch.arange(3)[None], twin.new_cache(2))
@@ -1661,13 +1664,77 @@ def test_users_cannot_write_control_tokens(demo):
     assert "user\na<|im_end|>b<|im_end|>" in shown
 
 
-@pytest.mark.parametrize("stops", [[], ["an"], ["ana b"]])
-def test_the_stream_is_the_text(demo, stops):
-    words = "Ünïcode 日本語 🙂 banana bandana"
-    stream = run.Stream(demo.text, stops)
-    ids = demo.text.encode(words)
-    out = "".join(stream.push([token], token_at == len(ids) - 1) for token_at, token in enumerate(ids))
-    assert out == words[:min((words.find(stop) for stop in stops), default=len(words))] or stops and out.startswith(words[:words.find(stops[0])])
+@pytest.mark.parametrize("words, stops", [("Ünïcode 日本語 🙂 banana bandana", stops) for stops in ([], ["an"], ["ana b"], ["gone"], ["n", "🙂 ba"])]
+                         + [("bandana split", ["bandana"]), ("No</answer> and more", ["</answer>"]), ("</answer>", ["</answer>"]), ("a</answer", ["</answer>", "rest"])])
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_the_stream_is_the_text_up_to_a_stop(demo, words, stops, at_once):
+    """However many tokens come at once: those that a round commits end where `stop_check` says."""
+    stream, stopped, ids, out = run.Stream(demo.text, stops), run.stop_check(demo.text, stops), demo.text.encode(words), ""
+    end = next((i for i in range(1, len(ids)) if stopped and stopped(ids[:i])), len(ids))
+    for i in range(0, end, at_once):
+        out += stream.push(ids[i:min(i + at_once, end)], i + at_once >= end)
+    assert out == stream.done == words[:min((words.find(stop) for stop in stops if stop in words), default=len(words))]
+
+
+@pytest.mark.parametrize("chunk", [512, 5])
+def test_near_ties_are_told_from_errors(chunk):
+    """By what a forward of the whole common prefix says of the two tokens."""
+    config, prompt, plain = GraftConfig(prefill_chunk=chunk), [3, 1, 4, 1, 5], [9, 2, 6, 5]
+    judge = lambda other, tie: run.divergence(MODEL, config, prompt, plain, other, tie)
+    assert judge(plain, 0.0) == {"kind": "identical", "at": 4} and judge(plain[:3], 1e9) == {"kind": "different", "at": 3}
+    logits = full_forward(MODEL, prompt + plain[:2])[0][0, -1]
+    found = judge([9, 2, 7, 5], 1e9)
+    assert (found["kind"], found["at"], found["tokens"]) == ("near_tie", 2, {"plain": 6, "other": 7})
+    assert found["float32_logits"] == {name: pytest.approx(float(logits[token]), abs=2e-4) for name, token in (("plain", 6), ("other", 7))}
+    short = float(logits.max() - min(logits[6], logits[7]))
+    assert [judge([9, 2, 7, 5], tie)["kind"] for tie in (0.99 * short, 1.01 * short)] == ["different", "near_tie"]
+
+
+class Clocked:
+    """A model and a clock: its forward of n tokens takes what `seconds` says, at first ten times as long."""
+
+    def __init__(self, seconds, monkeypatch):
+        self.seconds, self.now, self.turns = seconds, 0.0, 0
+        monkeypatch.setattr("graft.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("graft.verify_once", self.verify)
+
+    def new_cache(self, capacity):
+        return SimpleNamespace(length=0)
+
+    def verify(self, model, cache, n):
+        self.turns += 1
+        self.now += self.seconds(n) * (10 if self.turns <= 6 else 1)
+
+
+def test_prices_are_what_nodes_cost(monkeypatch):
+    steps = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 2.0, 2.5]                          # of 0 to 7 nodes; what is not measured lies between
+    cost = measure_cost(Clocked(lambda n: 0.01 * (steps[n] if n < 8 else 4.1), monkeypatch), 20)
+    assert cost == pytest.approx([0.01 * step for step in (*steps, *(2.5 + 0.2 * i for i in range(1, 14)))])
+    for seconds in (lambda n: 0.02 - 0.001 * n, lambda n: 7.0):                # noise: more nodes never cost less
+        slow = Clocked(seconds, monkeypatch)
+        assert measure_cost(slow, 3) == pytest.approx([seconds(0)] * 4) and slow.turns <= 24
+    assert slow.turns == 12                                                    # each twice, where that takes long already
+
+
+def test_a_model_of_ones_own_gets_prices(demo, monkeypatch, tmp_path):
+    """Where nothing was calibrated they are measured, and where the demo model was on another CPU."""
+    monkeypatch.setattr(run, "measure_cost", lambda model, budget: [1.0 + n for n in range(budget + 1)])
+    monkeypatch.setattr("graft.measure_cost", run.measure_cost)
+    at = lambda *words: run.settings(run.parse(["x", *words]), demo.model)
+    own = at("--model", "mine")
+    assert all(GraftConfig(method=name, **own[name]).verify_cost == tuple(2.0 + 2 * n for n in range(33)) for name in ("retrieve", "prune", "graft"))
+    assert own["retrieve"]["adjacency"] and own["graft"]["adjacency"]          # a step of a second
+    monkeypatch.setattr("graft.measure_cost", lambda model, budget: [0.01] * (budget + 1))
+    assert at("--model", "mine")["retrieve"]["adjacency"] and not at("--model", "mine")["graft"]["adjacency"]
+    monkeypatch.setattr("graft.measure_cost", run.measure_cost)
+    monkeypatch.setattr(run, "calibration", lambda model: tmp_path / "c.json")
+    assert at() == own
+    methods = {"eagle": {"budget": 3}, "graft": {"budget": 4, "depth": 2, "verify_cost": [3.0, 3.1, 3.2, 3.3, 3.4]}}
+    for threads, price in ((torch.get_num_threads(), 3.1), (0, 6.0)):
+        (tmp_path / "c.json").write_text(json.dumps({"environment": {"device": run.processor(), "threads": threads},
+                                                     "methods": {name: {"config": fields} for name, fields in methods.items()}}))
+        assert at()["eagle"] == {"budget": 3} and at()["graft"]["depth"] == 2 and at()["graft"]["verify_cost"][:2] == (3.0, price)
+        assert at("--calibration", str(tmp_path / "c.json"))["graft"]["verify_cost"][1] == 3.1
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("mixed", marks=needs_halves)])

@@ -41,9 +41,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import run  # noqa: E402
 from demo_model import command_line, tool  # noqa: E402
-from graft import GraftConfig, Sampler, Sequence, Stats, draft_and_prune, graft, retrieve  # noqa: E402
+from graft import GraftConfig, Sampler, Sequence, Stats, draft_and_prune, graft, retrieve, tune, verify_once  # noqa: E402
 from model import Model  # noqa: E402
-from tree import ADJACENCY, DRAFT, NGRAM, Tree  # noqa: E402
+from retrieval import whole  # noqa: E402
+from tree import ADJACENCY, NGRAM, Tree  # noqa: E402
 
 DEPTH, TOP_K, BUDGET, WIDEST = 7, 8, 32, 60
 PROMPTS = str(ROOT / "tools" / "calibration_prompts.jsonl")      # written by us, of the kinds that people ask; no benchmark's
@@ -71,20 +72,12 @@ def measure(setup: run.Setup, length: int, repeats: int) -> tuple[list[float], f
     state.cache.length = length
     taps = state.drafter.taps if state.drafter else ()
 
-    def forward(n):
-        tokens = torch.full((1, n + 1), 7, device=model.device)
-        tree = Tree.rooted(7)
-        for i in range(n):
-            tree.add(i, max(0, i - 2), 0.0, DRAFT)
-        logits, _ = model(tokens, tree.positions(length, model.device)[None], state.cache, tree.mask(model.device) if n else None, taps=taps)
-        logits[0].argmax(-1).tolist()
-
     grid = [0, 1, 2, 3, 4, 5, 6, 7, 9, 11, 13, 15, 19, 23, 27, 31, 39, 47, 60]
-    calls = {n: (lambda n=n: forward(n)) for n in grid}
+    calls = {n: (lambda n=n: verify_once(model, state.cache, n, taps)) for n in grid}
     if state.drafter:
         drafter = state.drafter
         features = torch.randn(1, 3, 3 * model.config.hidden_size, device=model.device).to(model.cache_dtype)
-        tokens, sampler = torch.tensor([[5, 6, 7, 8]], device=model.device), Sampler(GraftConfig(), model.config.vocab_size, model.device)
+        tokens, sampler = torch.tensor([[5, 6, 7, 8]], device=model.device), Sampler(GraftConfig(), model.config.vocab_size, model.device, model.kernels)
         drafter.observe(features.repeat(1, length // 3, 1), tokens[:, :1].repeat(1, length // 3 * 3 + 1))
 
         def observe():
@@ -175,7 +168,6 @@ def record(setup: run.Setup, prompts: list[list[int]], new: int, trust: tuple[fl
             rows.append((text[start:], logits[0].topk(k, dim=-1).indices.int().cpu()))
             text.append(int(logits[0, -1].argmax()))
         state.ngrams.append([-1, *prompt])
-        state.adjacency.rows[torch.tensor(rows[0][0])] = rows[0][1]
         rounds = []
         for i in range(len(prompt), len(text)):                # text[i] is the root; everything before it is committed
             root, future = text[i], text[i + 1:]
@@ -330,10 +322,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.draft and not (args.model or args.out):
         raise ValueError("--draft without --model needs --out: what is calibrated by default is for the shipped head")
+    for name, least in (("new_tokens", 1), ("length", 3), ("repeats", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected {least} or more")
     run.writable(args.out, "--out")
     given = [word for name in ("model", "draft", "device") if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
     options = run.parse(["calibrating", "--dtype", args.dtype, *run.flag("compile", args.compile), *given])
-    setup = run.set_up(options)
+    setup = run.set_up(options, calibrated=False)                    # or an earlier calibration would decide on this one
+    setup.tuned = dict.fromkeys(("retrieve", "graft"), tune(setup.model, BUDGET))
     if setup.model.device.type == "cuda":
         torch.cuda.set_device(setup.model.device)
     prompts = [setup.ask(p["text"]) for p in run.read_prompts(args.prompts, None)]
@@ -376,7 +372,8 @@ def main() -> None:
               "environment": run.environment(setup), "positions": positions, "plain_tokens_per_second": round(plain["tokens_per_second"], 2),
               "floor": floor(setup.model, t), "milliseconds": {"t": [round(x, 3) for x in t], "observe": round(observe, 3), "head": [round(x, 3) for x in head], "rest": {method: round(ms, 3) for method, ms in rest.items()}},
               "reliability": reliability(texts), "methods": methods}
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    with whole(out) as file:
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print("wrote", out)
 
 

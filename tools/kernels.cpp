@@ -160,7 +160,7 @@ static void gate(const float *rows, float *to, int64_t n, int64_t size, int64_t 
 // The `count` largest of each row of x [n][size], best first, of equals the first -> values and places [n][count]. logs: the values less the logarithm
 // of the sum of all e^x. Where something in a row is no number, none of its values is.
 extern "C" void top(const float *x, int64_t n, int64_t size, int64_t count, int64_t logs, int64_t threads, float *values, int64_t *places) {
-    constexpr int64_t MANY = 8 * LANES;                                       // looked at one by one only where their largest counts
+    constexpr int64_t SPAN = 8 * LANES;                                       // looked at one by one only where their largest counts
     #pragma omp parallel for num_threads(threads) if (n * size >= MUCH)
     for (int64_t row = 0; row < n; row++) {
         const float *own = x + row * size;
@@ -176,8 +176,8 @@ extern "C" void top(const float *x, int64_t n, int64_t size, int64_t count, int6
         std::fill_n(best, count, -INFINITY);
         std::fill_n(at, count, 0);
         Floats sums{}, numbers{};
-        for (int64_t begin = 0; begin < size; begin += MANY) {
-            const int64_t end = std::min(begin + MANY, size);
+        for (int64_t begin = 0; begin < size; begin += SPAN) {
+            const int64_t end = std::min(begin + SPAN, size);
             Floats most = Floats{} - INFINITY;
             for (int64_t i = begin; i < end; i += LANES) {
                 const Floats some = lanes(i);
