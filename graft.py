@@ -151,11 +151,11 @@ def measure_cost(model: Model, budget: int) -> list[float]:
 
 def tune(model: Model, budget: int = 32) -> dict:
     """GraftConfig's fields for a model and a machine for which tools/calibrate.py has not run: prices are measured, at twice the tokens that plain decoding makes
-    in that time; drafting stops where the best path is less likely than 0.4; and beside a draft head the matrix, which takes a millisecond or two, is used
-    where that is little. On the demo model this decodes within some hundredths as fast as what calibration chooses."""
-    plain, *_ = seconds = measure_cost(model, budget)
+    in that time; drafting stops where the best path is less likely than 0.4; and the matrix is trusted beside a head as calibration found on six machines. On the
+    demo model this decodes within some hundredths as fast as what calibration chooses."""
+    seconds = measure_cost(model, budget)
     return {"budget": budget, "depth": 7, "draft_top_k": 8, "checkpoints": tuple(range(7)), "thresholds": (0.4,) * 7, "retained": (1.0,) * 7,
-            "adjacency": plain > 0.1, "verify_cost": tuple(2 * each / plain for each in seconds)}
+            "trust": (1.0, 0.08), "verify_cost": tuple(2 * each / seconds[0] for each in seconds)}
 
 
 @dataclass
@@ -788,7 +788,8 @@ def update(sequence: Sequence, tree: Tree, path: list[int], picks: list[int], lo
         state.tokens += read
         state.ngrams.append(read[1:] + [picks[path[-1]]])
         if sequence.method.retrieve and sequence.config.adjacency:
-            state.adjacency.update(torch.tensor(tree.tokens), logits)
+            kernels = sequence.sampler.kernels if logits.dtype == torch.float32 else None
+            state.adjacency.update(torch.tensor(tree.tokens), logits, kernels.top if kernels else torch.topk)
     if sequence.drafter:
         with sequence.stats.clock("draft"):
             features = features[:, path] if features is not None else None

@@ -7,6 +7,8 @@ from, and whose scores estimate the log-probability that the target follows it t
 import heapq
 import math
 import os
+from array import array
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +27,7 @@ def template(size: int, ranks: tuple[float, ...], depth: int = 16) -> tuple[tupl
 
     With falling `ranks` it is unbalanced as in the paper: the rank-0 chain runs deepest, lower ranks get fewer children.
     """
-    parents, chosen, scores, depths = [], [], [], []
+    parents, chosen, scores = [], [], []
     heap = [(-math.log(p), r, -1, 1) for r, p in enumerate(ranks) if p > 0]
     heapq.heapify(heap)
     while heap and len(parents) < size:
@@ -33,58 +35,45 @@ def template(size: int, ranks: tuple[float, ...], depth: int = 16) -> tuple[tupl
         parents.append(parent)
         chosen.append(rank)
         scores.append(-cost)
-        depths.append(d)
         if d < depth:
             for r, p in enumerate(ranks):
                 if p > 0:
                     heapq.heappush(heap, (cost - math.log(p), r, len(parents) - 1, d + 1))
-    order = sorted(range(len(parents)), key=lambda i: depths[i])   # level by level, so that a level is one gather
-    number = {old: new for new, old in enumerate(order)} | {-1: -1}
-    return (tuple(number[parents[i]] for i in order), tuple(chosen[i] for i in order), tuple(scores[i] for i in order))
+    return tuple(parents), tuple(chosen), tuple(scores)
 
 
 class AdjacencyMatrix:
     """M: row x holds the k likeliest successors of token x when the target last read it; -1 where it never has.
 
     [vocab, k] int32, bounded by its shape. Source: the Graft paper, and Token Recycling (arXiv 2408.08696), which introduced the
-    matrix. The paper keeps it on the target's device; on the CPU a proposal costs a GPU none of its hundred tiny launches.
+    matrix. The paper keeps it on the target's device; on the host a proposal launches nothing.
     """
 
-    def __init__(self, vocab_size: int, k: int = 8, device="cpu", ranks: tuple[float, ...] = RANK_PROBABILITIES):
-        self.rows = torch.full((vocab_size, k), -1, dtype=torch.int32, device=device)
+    def __init__(self, vocab_size: int, k: int = 8, ranks: tuple[float, ...] = RANK_PROBABILITIES):
+        self.flat = array("i", [-1]) * (vocab_size * k)               # the same memory twice: an entry of a tensor takes a hundred times as long to read
+        self.rows = torch.frombuffer(self.flat, dtype=torch.int32).view(vocab_size, k)
         self.ranks = tuple(ranks[:k])
 
-    def update(self, tokens: Tensor, logits: Tensor) -> None:
-        """Write the successors of each verified token: tokens [n], logits [n, vocab], on any device."""
-        self.rows[tokens.to(self.rows.device)] = logits.topk(self.rows.shape[1], dim=-1).indices.int().to(self.rows.device)
+    def update(self, tokens: Tensor, logits: Tensor, top: Callable = torch.topk) -> None:
+        """Write the successors of each verified token: tokens [n], logits [n, vocab], on any device. top: finds them as torch.topk does."""
+        self.rows[tokens.cpu()] = top(logits, self.rows.shape[1])[1].int().cpu()
 
     def propose(self, anchors: list[int], size: int) -> list[Branch]:
-        """For each anchor token, the template for `size` nodes filled from the matrix: one gather a level for all of them.
-        A row never written yields no node, and so nothing below it."""
-        parents, ranks, scores = template(size, self.ranks)
-        if not parents or not anchors:
-            return [([], [], []) for _ in anchors]
-        device = self.rows.device
-        filled = torch.full((len(anchors), len(parents) + 1), -1, dtype=torch.int64, device=device)
-        filled[:, -1] = torch.tensor(anchors, device=device)      # the last column is where parent -1 looks
-        start = 0
-        while start < len(parents):
-            end = start + 1                                       # a level: nodes whose parents are all filled
-            while end < len(parents) and parents[end] < start:
-                end += 1
-            above = filled[:, parents[start:end]]
-            below = self.rows[above.clamp_min(0), torch.tensor(ranks[start:end], device=device)]
-            filled[:, start:end] = torch.where(above < 0, -1, below)
-            start = end
-        branches = []
-        for row in filled[:, :-1].tolist():
-            number, branch = {-1: -1}, ([], [], [])
-            for i, token in enumerate(row):
-                if token >= 0:
-                    number[i] = len(branch[0])
-                    branch[0].append(token)
-                    branch[1].append(number[parents[i]])
-                    branch[2].append(scores[i])
+        """For each anchor token, the template for `size` nodes filled from the matrix. A row never written yields no node, and so nothing
+        below it."""
+        branches, k = [], self.rows.shape[1]
+        for anchor in anchors:
+            tokens, parents, scores = branch = [], [], []
+            place = {-1: -1}                                          # the template's nodes that there are, as the branch's
+            for node, (parent, rank, score) in enumerate(zip(*template(size, self.ranks))):
+                if parent in place:
+                    above = place[parent]
+                    token = self.flat[(tokens[above] if above >= 0 else anchor) * k + rank]
+                    if token >= 0:
+                        place[node] = len(tokens)
+                        tokens.append(token)
+                        parents.append(above)
+                        scores.append(score)
             branches.append(branch)
         return branches
 
@@ -182,7 +171,7 @@ def save_stores(path, adjacency: AdjacencyMatrix, ngrams: NGramIndex, skip: int 
     as `whole` does."""
     from safetensors.torch import save_file
     with whole(path) as partial:
-        save_file({"adjacency": adjacency.rows.cpu(), "tokens": torch.tensor(ngrams.tokens[skip:], dtype=torch.int32)}, partial)
+        save_file({"adjacency": adjacency.rows, "tokens": torch.tensor(ngrams.tokens[skip:], dtype=torch.int32)}, partial)
 
 
 def load_stores(path, adjacency: AdjacencyMatrix, ngrams: NGramIndex) -> None:

@@ -366,10 +366,8 @@ def settings(args, model: Model) -> dict:
     """By method, fields of GraftConfig: from --calibration, or the demo model's own for this device. On a CPU where neither was calibrated, prices are measured now."""
     path = Path(args.calibration) if args.calibration else calibration(model) if not args.model else None
     if not args.calibration and (path is None or not path.exists()):
-        if model.device.type != "cpu":
-            return {}
-        found = tune(model)
-        return {"retrieve": found | {"adjacency": True}, "prune": found, "graft": dict(found)}
+        fields = tune(model) if model.device.type == "cpu" else {}
+        return {name: dict(fields) for name in ("retrieve", "prune", "graft") if fields}
     tuned, machine = read_calibration(path)
     priced = [fields for fields in tuned.values() if "verify_cost" in fields]
     if priced and not args.calibration and model.device.type == "cpu" and machine != (processor(), torch.get_num_threads()):
