@@ -131,7 +131,8 @@ def measure_cost(model: Model, budget: int) -> list[float]:
     """Seconds that verifying n = 0, 1, ... `budget` nodes takes here: of a few sizes the fastest of four forwards, or of two where four would take more than
     half a second; straight lines between, and on behind the last."""
     seconds = dict.fromkeys((0, 1, 3, 5, 7, 15), math.inf)
-    cache, start = model.new_cache(128 + 16), time.perf_counter()
+    cache, start = model.new_cache(0), time.perf_counter()
+    cache.reserve(128 + 16)
     cache.length = 128
     for turn in range(4):
         if turn > 1 and time.perf_counter() - start > 0.5:

@@ -321,8 +321,7 @@ def set_up(args, calibrated: bool = True) -> Setup:
     if args.compile and device.type == "cuda":
         say("Compiling as forwards come: half a minute, less once torch has kept some of it ...")
     text.check(model)
-    own = OWN_DRAFT & {*(getattr(args, "methods", None) or "").split(","), getattr(args, "method", None)}
-    draft = not own and args.draft or (str(DEMO_HEAD) if not args.model and DEMO_HEAD.is_dir() else None)
+    draft = not OWN_DRAFT & asked(args) and args.draft or (str(DEMO_HEAD) if not args.model and DEMO_HEAD.is_dir() else None)
     head = load_draft(fetch_checkpoint(draft), model) if draft else None
     for network in (model, head) if model.products else ():
         if network:
@@ -362,11 +361,18 @@ def calibration(model: Model, checkpoint: str | None = None) -> Path:
     return CALIBRATION / f"{name}-{model.device.type}-{instructions() if model.products else model.precision}.json"
 
 
+def asked(args) -> set[str]:
+    """The methods that are named."""
+    return {*(getattr(args, "methods", None) or getattr(args, "method", None) or "").split(",")}
+
+
 def settings(args, model: Model) -> dict:
-    """By method, fields of GraftConfig: from --calibration, or the demo model's own for this device. On a CPU where neither was calibrated, prices are measured now."""
+    """By method, fields of GraftConfig: from --calibration, or the demo model's own for this device. On a CPU for which there are none, or with other threads, the
+    prices of what is asked for are measured now."""
     path = Path(args.calibration) if args.calibration else calibration(model) if not args.model else None
     if not args.calibration and (path is None or not path.exists()):
-        fields = tune(model) if model.device.type == "cpu" else {}
+        priced = asked(args) - {name for name, method in METHODS.items() if not method.prune}
+        fields = tune(model) if model.device.type == "cpu" and priced else {}
         return {name: dict(fields) for name in ("retrieve", "prune", "graft") if fields}
     tuned, machine = read_calibration(path)
     priced = [fields for fields in tuned.values() if "verify_cost" in fields]
@@ -847,7 +853,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text, which is not printed; may be repeated")
     add("--corpus", help="text file whose n-grams may be retrieved")
     add("--store", help="file that keeps adjacency and n-grams between runs (bench and verify only read it)")
-    add("--calibration", metavar="FILE", help="what tools/calibrate.py wrote (default: the demo model's, if this device has one)")
+    add("--calibration", metavar="FILE", help="what tools/calibrate.py wrote (default: the demo model's for this device; where there is none, a CPU's prices are measured)")
     add("--cold", action="store_true", help="start the demo model's adjacency matrix empty, not from assets/")
     args = parser.parse_args(argv if command == "generate" else argv[1:])
     args.command = command

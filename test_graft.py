@@ -1699,7 +1699,7 @@ class Clocked:
         monkeypatch.setattr("graft.verify_once", self.verify)
 
     def new_cache(self, capacity):
-        return SimpleNamespace(length=0)
+        return SimpleNamespace(length=0, reserve=lambda rows: None)
 
     def verify(self, model, cache, n):
         self.turns += 1
@@ -1723,6 +1723,7 @@ def test_a_model_of_ones_own_gets_prices(demo, monkeypatch, tmp_path):
     at = lambda *words: run.settings(run.parse(["x", *words]), demo.model)
     own = at("--model", "mine")
     assert all(GraftConfig(method=name, **own[name]).verify_cost == tuple(2.0 + 2 * n for n in range(33)) for name in ("retrieve", "prune", "graft"))
+    assert at("--model", "mine", "--method", "ar") == {}                       # which has no tree
     monkeypatch.setattr(run, "calibration", lambda model: tmp_path / "c.json")
     assert at() == own
     methods = {"eagle": {"budget": 3}, "graft": {"budget": 4, "depth": 2, "verify_cost": [3.0, 3.1, 3.2, 3.3, 3.4]}}

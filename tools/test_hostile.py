@@ -6,6 +6,7 @@ Commands run in this process on a tiny checkpoint whose tokenizer is made here, 
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import struct
@@ -390,6 +391,18 @@ def test_a_store_of_other_tensors_is_refused(tmp_path):
 def process(folder, *arguments, **kwargs) -> subprocess.Popen:
     words = [sys.executable, str(ROOT / "run.py"), *arguments, "--model", str(folder), "--dtype", "float32"]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+@pytest.mark.parametrize("arguments, words", [(("--file", "-"), "the prompt is empty"), (("chat",), "ends the conversation")])
+def test_a_closed_input_is_an_empty_one(arguments, words, folder):
+    done = subprocess.run(f"exec {shlex.quote(sys.executable)} {ROOT / 'run.py'} {' '.join(arguments)} --model {folder} --method ar <&-", shell=True, capture_output=True, text=True, timeout=60)
+    assert words in done.stderr and "Traceback" not in done.stderr and done.returncode == ("chat" not in arguments)
+
+
+def test_what_chat_cannot_read_does_not_cost_the_store(folder, tmp_path):
+    arguments = "chat", "--model", str(folder), "--method", "retrieve", "--max-new-tokens", "5", "--dtype", "float32", "--store", str(tmp_path / "store")
+    done = subprocess.run([sys.executable, str(ROOT / "run.py"), *arguments], input=b"one\n\xff\xfe\n", capture_output=True, timeout=60)
+    assert b"Traceback" not in done.stderr and load_file(tmp_path / "store")["tokens"].numel()
 
 
 def test_a_reader_that_leaves_is_no_error(folder):
