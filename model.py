@@ -1006,36 +1006,42 @@ def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple
           mixed: bool = False, tied: bool = False, products: Callable | None = None) -> None:
     """Give every parameter of a meta-device `module` its tensor. `parts` maps a parameter to the tensors of the checkpoint,
     with their shapes, that are stacked to make it. A missing, extra or misshapen tensor is an error that names it. With `pack`,
-    matrices are packed beside the reading, so that no more of them than there are threads, and one, are in memory twice. tied: `lm_head` takes
+    matrices are packed. They are read and packed side by side, so that no more of them than there are threads, and one, are in memory twice. tied: `lm_head` takes
     the embeddings."""
-    module.mixed, module.products, used, packing, threads = mixed, products, set(optional), set(), torch.get_num_threads()
+    module.mixed, module.products, used, placing, threads = mixed, products, set(optional), set(), torch.get_num_threads()
+
+    def place(name: str, value: Tensor, sources: dict[str, tuple]) -> None:
+        pieces = []
+        for source in sources:
+            tensor, accepted = tensors.read[source](), FLOATS if value.is_floating_point() else INTEGERS
+            if tensor.dtype not in accepted:
+                raise CheckpointError(f"{tensors.where}: tensor '{source}' is of {tensor.dtype}; expected one of {', '.join(map(str, accepted))}")
+            pieces.append(tensor.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True))
+        owner, _, own = name.rpartition(".")
+        owner = module.get_submodule(owner)
+        owner.load_state_dict({own: pieces[0] if len(pieces) == 1 else torch.cat(pieces).view(value.shape)}, strict=False, assign=True)
+        if tied and name == "embed_tokens.weight":
+            module.lm_head.weight, name, owner = owner.weight, "lm_head.weight", module.lm_head
+        if pack and isinstance(owner, RMSNorm):
+            owner.pack(mixed)
+        elif pack and isinstance(owner, Linear):
+            owner.pack(mixed, name != "lm_head.weight", products)
+
     with ThreadPoolExecutor(threads) as pool:
         for name, value in module.state_dict().items():
-            pieces = []
-            for source, shape in parts.get(name, {name: tuple(value.shape)}).items():
+            sources = parts.get(name, {name: tuple(value.shape)})
+            for source, shape in sources.items():
                 if source not in tensors.shapes:
                     raise CheckpointError(f"{tensors.where}: tensor '{source}' is missing; expected shape {list(shape)}")
                 if tensors.shapes[source] != shape:
                     raise CheckpointError(f"{tensors.where}: tensor '{source}' has shape {list(tensors.shapes[source])}; "
                                           f"config.json implies {list(shape)}")
-                tensor, accepted = tensors.read[source](), FLOATS if value.is_floating_point() else INTEGERS
-                if tensor.dtype not in accepted:
-                    raise CheckpointError(f"{tensors.where}: tensor '{source}' is of {tensor.dtype}; expected one of {', '.join(map(str, accepted))}")
-                pieces.append(tensor.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True))
-                used.add(source)
-            owner, _, own = name.rpartition(".")
-            owner = module.get_submodule(owner)
-            owner.load_state_dict({own: pieces[0] if len(pieces) == 1 else torch.cat(pieces).view(value.shape)}, strict=False, assign=True)
-            if tied and name == "embed_tokens.weight":
-                module.lm_head.weight, name, owner = owner.weight, "lm_head.weight", module.lm_head
-            if pack and isinstance(owner, RMSNorm):
-                packing.add(pool.submit(owner.pack, mixed))
-            elif pack and isinstance(owner, Linear):
-                packing.add(pool.submit(owner.pack, mixed, name != "lm_head.weight", products))
-            if len(packing) > threads:
-                done, packing = wait(packing, return_when=FIRST_COMPLETED)
+            used.update(sources)
+            placing.add(pool.submit(place, name, value, sources))
+            if len(placing) > threads:
+                done, placing = wait(placing, return_when=FIRST_COMPLETED)
                 [each.result() for each in done]
-        [each.result() for each in packing]
+        [each.result() for each in placing]
     extra = sorted(set(tensors.shapes) - used)
     if extra:
         more = f" and {len(extra) - 1} more" if extra[1:] else ""
