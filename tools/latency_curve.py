@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from calibrate import bandwidth, bytes_read, median_ms  # noqa: E402
 from demo_model import command_line, tool  # noqa: E402
+from graft import verify_once  # noqa: E402
 from kernels import kernels, products  # noqa: E402
 from model import Linear, Model, ModelConfig, RMSNorm  # noqa: E402
-from tree import DRAFT, Tree  # noqa: E402
 
 ROPE = {"rope_type": "default", "rope_theta": 1e6, "original_max_position_embeddings": 40960}
 QWEN3 = dict(architecture="Qwen3ForCausalLM", vocab_size=151936, rms_norm_eps=1e-6, max_position_embeddings=40960, rope=ROPE, head_dim=128, qk_norm=True)
@@ -53,21 +53,12 @@ def curve(model: Model, length: int, grid: list[int], repeats: int) -> tuple[dic
     """By nodes below the root: milliseconds of a forward behind `length` committed tokens, and on a GPU the peak memory in MiB."""
     cache = model.new_cache(length + max(grid) + 1)
     cache.length = length
-
-    def forward(n):
-        tree = Tree.rooted(7)
-        for i in range(n):
-            tree.add(i, max(0, i - 2), 0.0, DRAFT)
-        positions = tree.positions(length, model.device)[None]
-        logits, _ = model(torch.tensor([tree.tokens], device=model.device), positions, cache, tree.mask(model.device) if n else None)
-        logits[0].max(-1).indices.tolist()
-
     peaks = {}
     for n in grid if model.device.type == "cuda" else ():
         torch.cuda.reset_peak_memory_stats()
-        forward(n)
+        verify_once(model, cache, n)
         peaks[n] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    return {n: round(ms, 3) for n, ms in median_ms({n: (lambda n=n: forward(n)) for n in grid}, repeats).items()}, peaks
+    return {n: round(ms, 3) for n, ms in median_ms({n: (lambda n=n: verify_once(model, cache, n)) for n in grid}, repeats).items()}, peaks
 
 
 def main() -> None:
