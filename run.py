@@ -192,7 +192,7 @@ class Setup:
     chat: bool
     system: str | None
     corpus: list[int]
-    tuned: dict               # by method, what tools/calibrate.py chose for this device
+    tuned: dict               # by method, what tools/calibrate.py chose for this device, or `tune`
     folder: Path              # the target's checkpoint
     window: int | None        # of the draft head
     store: Path | None        # --store: read if it is there, written at the end of an answer or a conversation

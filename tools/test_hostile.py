@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
+import huggingface_hub.errors
 import numpy
 import pytest
 import torch
@@ -180,6 +182,28 @@ def test_a_pickle_runs_nothing(content, tmp_path, monkeypatch):
     with pytest.raises(model.CheckpointError):
         model.load_model(tmp_path)
     assert not (tmp_path / "pwned").exists()
+
+
+def test_a_pickle_that_ends_early_is_named(tmp_path, monkeypatch):
+    base.checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+
+    def load(*args, weights_only, **kwargs):
+        raise EOFError                                            # what torch's unpickler says, without a word
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(model.CheckpointError, match="pytorch_model.bin: not a file of plain tensors .EOFError"):
+        model.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("words", ["the server left", ""])
+def test_a_hub_that_breaks_off_is_named(words, monkeypatch):
+    def snapshot(*args, **kwargs):
+        raise huggingface_hub.errors.HTTPError(words)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    with pytest.raises(model.CheckpointError, match=f"'some/model' is no local folder and could not be had from the Hub: {words or 'HTTPError'}"):
+        model.fetch_checkpoint("some/model")
 
 
 MOE = dict(architectures=["Qwen3MoeForCausalLM"], num_experts=2**14, num_experts_per_tok=1, moe_intermediate_size=8)
