@@ -152,7 +152,7 @@ def measure_cost(model: Model, budget: int) -> list[float]:
 
 def tune(model: Model, budget: int = 32) -> dict:
     """GraftConfig's fields for a model and a machine for which tools/calibrate.py has not run: prices are measured, at twice the tokens that plain decoding makes
-    in that time; drafting stops where the best path is less likely than 0.4; and the matrix is trusted beside a head as calibration found on six machines. On the
+    in that time; drafting stops where the best path is less likely than 0.4; and the matrix is trusted beside a head as six calibrations found. On the
     demo model this decodes within some hundredths as fast as what calibration chooses."""
     seconds = measure_cost(model, budget)
     return {"budget": budget, "depth": 7, "draft_top_k": 8, "checkpoints": tuple(range(7)), "thresholds": (0.4,) * 7, "retained": (1.0,) * 7,
