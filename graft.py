@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -141,13 +142,16 @@ def measure_cost(model: Model, budget: int) -> list[float]:
             begin = time.perf_counter()
             verify_once(model, cache, n)
             seconds[n] = min(seconds[n], time.perf_counter() - begin)
-    known = list(seconds)
-    cost = []
-    for n in range(budget + 1):
-        below, above = next(((a, b) for a, b in zip(known, known[1:]) if n <= b), known[-2:])
-        line = seconds[below] + (seconds[above] - seconds[below]) * (n - below) / (above - below)
-        cost.append(max(line, *cost[-1:], seconds[0]))                                 # a larger tree never costs less: what looks so is noise
-    return cost
+    return list(accumulate(lines(seconds, budget), max))                               # a larger tree never costs less: what looks so is noise
+
+
+def lines(known: dict[int, float], last: int) -> list[float]:
+    """Values at 0, 1, ... `last`, on straight lines between the known ones, of which 0 is the first, and on behind them."""
+    places, values = list(known), []
+    for n in range(last + 1):
+        below, above = next(((a, b) for a, b in zip(places, places[1:]) if n <= b), places[-2:])
+        values.append(known[below] + (known[above] - known[below]) * (n - below) / (above - below))
+    return values
 
 
 def tune(model: Model, budget: int = 32) -> dict:
@@ -273,8 +277,9 @@ class Sampler:
     def children(self, logits: Tensor, depth: int, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k likeliest by `lean`, or all there are: log-probabilities and tokens [rows, k]."""
         k = min(k, len(ids))
-        if self.plain and self.kernels and logits.dtype == torch.float32:
-            values, best = self.kernels.top(logits, k, logs=True)
+        top = compiled_top(self.kernels, logits) if self.plain else None
+        if top:
+            values, best = top(logits, k, logs=True)
         else:
             values, best = self.lean(logits, depth, ids).topk(k, dim=-1)
         return values, ids.take(best)
@@ -308,11 +313,16 @@ def mix(numbers: Tensor) -> Tensor:
     return numbers ^ (numbers >> 31 & (1 << 33) - 1)
 
 
+def compiled_top(kernels: Callable | None, logits: Tensor) -> Callable | None:
+    """The search of the target's compiled layers, as torch.topk, where there are any and it takes these logits."""
+    return kernels.top if kernels and logits.dtype == torch.float32 else None
+
+
 def likeliest(logits: Tensor, kernels: Callable | None = None) -> list[int]:
     """argmax of each row [n, V]. Raises ValueError where damaged weights, or a dtype too narrow for the model, left no number."""
     n, v = logits.shape
-    if kernels and logits.dtype == torch.float32:
-        best, picks = (found[:, 0] for found in kernels.top(logits, 1))
+    if top := compiled_top(kernels, logits):
+        best, picks = (found[:, 0] for found in top(logits, 1))
     elif logits.device.type != "cpu" or v % CHUNK:
         best, picks = logits.max(-1)                                                   # in bfloat16 four times as fast as argmax
     else:                                                                              # a CPU is slow to say where in a long row
@@ -789,8 +799,7 @@ def update(sequence: Sequence, tree: Tree, path: list[int], picks: list[int], lo
         state.tokens += read
         state.ngrams.append(read[1:] + [picks[path[-1]]])
         if sequence.method.retrieve and sequence.config.adjacency:
-            kernels = sequence.sampler.kernels if logits.dtype == torch.float32 else None
-            state.adjacency.update(torch.tensor(tree.tokens), logits, kernels.top if kernels else torch.topk)
+            state.adjacency.update(torch.tensor(tree.tokens), logits, compiled_top(sequence.sampler.kernels, logits) or torch.topk)
     if sequence.drafter:
         with sequence.stats.clock("draft"):
             features = features[:, path] if features is not None else None

@@ -700,8 +700,7 @@ def command_verify(args) -> int:
         print(f"{name + ':':20} {count['identical']} identical, {count['near_tie']} near ties, {count['different']} different{' (lossy)' * plans[name].lossy}")
     if args.json:
         report = {"command": command_line("run.py"), "environment": environment(setup), "near_tie_in_logits": setup.tie, "counts": counts, "found": found}
-        with whole(args.json) as file:
-            file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write(args.json, report)
     return 1 if any(count["different"] for name, count in counts.items() if not plans[name].lossy) else 0
 
 
@@ -719,6 +718,12 @@ def writable(path: str | None, flag: str = "--json") -> None:
             raise ValueError(f"{flag} {path}: not a plain file")
         with open(path, "a"):
             pass
+
+
+def write(path: str | Path, report: dict) -> None:
+    """A result, which takes the place of what is there once it is complete."""
+    with whole(path) as file:
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def command_bench(args) -> int:
@@ -795,8 +800,7 @@ def command_bench(args) -> int:
         report = {"command": command_line("run.py"), "environment": environment(setup), "warm_start": bool(setup.warm or setup.store), "prompts": len(prompts),
                   "batch_size": args.batch_size, "config": {name: asdict(config) for name, config in configs.items()}, "methods": table,
                   "lossless": lossless, "agreement": agreeing}
-        with whole(args.json) as file:
-            file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write(args.json, report)
         partial.unlink()
     return 1 if any(c["different"] for c in lossless.values()) else 0
 

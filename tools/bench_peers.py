@@ -10,7 +10,6 @@ last token id, prefill included. `same` counts prompts whose output equals our `
 """
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import replace
@@ -131,7 +130,7 @@ def main() -> None:
     if args.json:
         report = {"command": command_line("tools/bench_peers.py"), "environment": run.environment(setup) | {"transformers": transformers.__version__},
                   "prompts": len(prompts), "peers": table}
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        run.write(args.json, report)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ be scored exactly by walking through the texts. `eagle` gets its own best fixed 
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -41,9 +40,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import run  # noqa: E402
 from demo_model import command_line, tool  # noqa: E402
-from graft import GraftConfig, Sampler, Sequence, Stats, draft_and_prune, graft, retrieve, tune, verify_once  # noqa: E402
+from graft import GraftConfig, Sampler, Sequence, Stats, draft_and_prune, graft, lines, retrieve, tune, verify_once  # noqa: E402
 from model import Model  # noqa: E402
-from retrieval import whole  # noqa: E402
 from tree import ADJACENCY, NGRAM, Tree  # noqa: E402
 
 DEPTH, TOP_K, BUDGET, WIDEST = 7, 8, 32, 60
@@ -86,10 +84,7 @@ def measure(setup: run.Setup, length: int, repeats: int) -> tuple[list[float], f
 
         calls |= {"observe": observe} | {f"expand {f}": (lambda f=f: list(drafter.expand(7, 4, f, sampler))) for f in range(1, TOP_K + 1)}
     times = median_ms(calls, repeats)
-    t = []
-    for n in range(WIDEST + 1):
-        below, above = max(g for g in grid if g <= n), min(g for g in grid if g >= n)
-        t.append(times[below] + (times[above] - times[below]) * ((n - below) / max(above - below, 1)))
+    t = lines({n: times[n] for n in grid}, WIDEST)
     for n in range(WIDEST - 1, -1, -1):      # a larger tree never costs less: what looks so is noise, or a padded kernel
         t[n] = min(t[n], t[n + 1])
     return t, times.get("observe", 0.0), [times.get(f"expand {f}", 0.0) / 4 for f in range(1, TOP_K + 1)]
@@ -372,8 +367,7 @@ def main() -> None:
               "environment": run.environment(setup), "positions": positions, "plain_tokens_per_second": round(plain["tokens_per_second"], 2),
               "floor": floor(setup.model, t), "milliseconds": {"t": [round(x, 3) for x in t], "observe": round(observe, 3), "head": [round(x, 3) for x in head], "rest": {method: round(ms, 3) for method, ms in rest.items()}},
               "reliability": reliability(texts), "methods": methods}
-    with whole(out) as file:
-        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    run.write(out, report)
     print("wrote", out)
 
 

@@ -139,7 +139,7 @@ def main() -> None:
               "lookup_microseconds_by_text_length": lookups(),
               "graft": rounds(setup, [setup.ask(p["text"]) for p in run.read_prompts(PROMPTS, None)[::2][:args.prompts]]), "command_line": seen}
     print(json.dumps(report, indent=1))
-    Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    run.write(args.json, report)
 
 
 if __name__ == "__main__":

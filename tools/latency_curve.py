@@ -17,6 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import run  # noqa: E402
 from calibrate import bandwidth, bytes_read, median_ms  # noqa: E402
 from demo_model import command_line, tool  # noqa: E402
 from graft import verify_once  # noqa: E402
@@ -92,7 +93,7 @@ def main() -> None:
               "gigabytes_per_second": round(speed, 1), "floor_ms_one_row": round(floor, 3), "milliseconds_by_nodes": times,
               "over_floor": round(times[0] / floor, 3), "verify_8_over_plain": round(times[7] / times[0], 3), "peak_mebibytes_by_nodes": peaks}
     print(json.dumps(report, indent=1))
-    Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    run.write(args.json, report)
 
 
 if __name__ == "__main__":
