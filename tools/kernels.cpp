@@ -71,10 +71,12 @@ static inline void blocks(const float *x, int64_t apart, int64_t inputs, float *
     }
 }
 
-// For `blocks`: W registers of each row of numbers, `apart` from each other.
-template <int W>
+// For `blocks`: W registers of each row of numbers, `apart` from each other; with EARLY the memory is asked for those so many rows on.
+template <int W, int64_t EARLY = 0>
 static inline auto registers(const float *from, int64_t apart) {
     return [from, apart](int64_t k, Floats *some) {
+        if constexpr (EARLY > 0)
+            __builtin_prefetch(from + (k + EARLY) * apart);
         for (int i = 0; i < W; i++)
             some[i] = load(from + k * apart + i * LANES);
     };
@@ -113,16 +115,14 @@ static inline float largest(Floats lanes) {
     return most;
 }
 
-// e^x to two units in the last place: 2^n times a polynomial in what is left of x (Cephes' expf); 0 below -87.
+// e^x, for x up to 88, to two units in the last place: 2^n times a polynomial in what is left of x (Cephes' expf, its terms in pairs, so that few wait for each
+// other); 0 below -87.7, where n is -127. Adding 1.5 * 2^23 rounds to a whole number, which stands in the last bits then; with 127 more it is 2^n's exponent.
 static inline Floats exponential(Floats x) {
-    const Floats low = Floats{} - 87.0f, high = Floats{} + 88.0f, inside = x < low ? low : x > high ? high : x;
-    const Floats n = (inside * 1.44269504f + 12582912.0f) - 12582912.0f;       // to the nearest whole number
-    const Floats r = inside - n * 0.693359375f + n * 2.12194440e-4f;
-    Floats p = Floats{} + 1.9875691500e-4f;
-    for (float factor : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        p = p * r + factor;
-    const Floats power = (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
-    return x < low ? Floats{} : (p * r * r + r + 1.0f) * power;
+    const float round = 12582912.0f + 127;
+    const Floats low = Floats{} - 88.0f, inside = x < low ? low : x;
+    const Floats whole = inside * 1.44269504f + round, n = whole - round, r = inside - n * 0.693359375f + n * 2.12194440e-4f, square = r * r;
+    const Floats p = (r * 1.9875691500e-4f + 1.3981999507e-3f) * square + (r * 8.3334519073e-3f + 4.1665795894e-2f);
+    return ((p * square + (r * 1.6666665459e-1f + 5.0000001201e-1f)) * square + (r + 1.0f)) * (Floats)((Words)whole << 23);
 }
 
 // to = from / sqrt(mean(from^2) + eps) * weight.
@@ -152,8 +152,8 @@ static void gate(const float *rows, float *to, int64_t n, int64_t size, int64_t 
     #pragma omp parallel for collapse(2) num_threads(threads) if (n * size >= MUCH)
     for (int64_t row = 0; row < n; row++)
         for (int64_t i = 0; i < size; i += LANES) {
-            const Floats x = load(rows + 2 * row * size + i), up = load(rows + (2 * row + 1) * size + i);
-            store(to + row * size + i, x / (1.0f + exponential(-x)) * up);
+            const Floats x = load(rows + 2 * row * size + i), up = load(rows + (2 * row + 1) * size + i), most = Floats{} + 88.0f;
+            store(to + row * size + i, x / (1.0f + exponential(-x > most ? most : -x)) * up);
         }
 }
 
@@ -227,18 +227,21 @@ static void transpose(const float *from, int64_t rows, int64_t d, float *to) {
             __builtin_prefetch(from + (r + 2 * BLOCK) * d + i);
             some[r] = load(from + r * d + i);
         }
-        for (int64_t turn = 1; turn < LANES; turn *= 2) {
+        const auto riffle = [&](Ints low, Ints high) {
             for (int64_t r = 0; r < LANES / 2; r++) {
-#ifdef __AVX512F__
-                next[2 * r] = __builtin_shuffle(some[r], some[r + 8], (Ints){0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
-                next[2 * r + 1] = __builtin_shuffle(some[r], some[r + 8], (Ints){8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
-#else
-                next[2 * r] = __builtin_shuffle(some[r], some[r + 4], (Ints){0, 8, 1, 9, 2, 10, 3, 11});
-                next[2 * r + 1] = __builtin_shuffle(some[r], some[r + 4], (Ints){4, 12, 5, 13, 6, 14, 7, 15});
-#endif
+                next[2 * r] = __builtin_shuffle(some[r], some[r + LANES / 2], low);
+                next[2 * r + 1] = __builtin_shuffle(some[r], some[r + LANES / 2], high);
             }
             std::memcpy(some, next, sizeof some);
-        }
+        };
+#ifdef __AVX512F__
+        for (int64_t turn = 0; turn < 4; turn++)
+            riffle(Ints{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, Ints{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+#else
+        riffle(Ints{0, 1, 2, 3, 8, 9, 10, 11}, Ints{4, 5, 6, 7, 12, 13, 14, 15});          // whole halves, and then within them: an instruction each
+        for (int64_t turn = 0; turn < 2; turn++)
+            riffle(Ints{0, 8, 1, 9, 4, 12, 5, 13}, Ints{2, 10, 3, 11, 6, 14, 7, 15});
+#endif
         for (int64_t r = 0; r < LANES; r++)
             store(to + (i + r) * BLOCK, some[r]);
     }
@@ -254,9 +257,9 @@ static float soften(float *scores, int64_t count, float &highest) {
         const Floats some = load(scores + c);
         most = some > most ? some : most;
     }
-    highest = largest(most);
+    const float less = highest = largest(most);
     for (int64_t c = 0; c < count; c += LANES) {
-        const Floats some = exponential(load(scores + c) - highest);
+        const Floats some = exponential(load(scores + c) - less);
         store(scores + c, some);
         sums += some;
     }
@@ -299,7 +302,7 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
             int64_t i = 0;
             const auto mix = [&](auto w) {
                 for (; i + w * LANES <= a.d; i += w * LANES)
-                    blocks<true, w>(scores + c, PANEL, count, sums + i, a.d, rows, registers<w>(own + i, a.d));
+                    blocks<true, w>(scores + c, PANEL, count, sums + i, a.d, rows, registers<w, TILE>(own + i, a.d));
             };
             if (rows <= 2 * ROWS / 4)                                         // few: with more sums at a time none waits for the one before
                 mix(std::integral_constant<int, 4>());
@@ -328,17 +331,18 @@ static void angles(const Call &a, const int64_t *positions, const float *inverse
 }
 
 // rows [n][(h + 2k) d] of queries, keys and values: norms of query and key heads, where there are weights, and rotation by cos and sin [n][d / 2]. Keys and
-// values go into the cache, kept [2k][capacity][d], behind m - n others; queries of the tokens from `first` on, with attention's scale -> [h][n - first][d].
+// values go into the cache, kept [2k][capacity][d], behind m - n others; queries of the tokens from `first` on, with attention's scale -> [k][n - first][h / k][d].
 static void turn(const Call &a, const float *rows, const float *cos, const float *sin, const float *query_norm, const float *key_norm, int64_t first,
                  float *queries, float *kept) {
-    const int64_t heads = a.h + 2 * a.k, half = a.d / 2;
+    const int64_t heads = a.h + 2 * a.k, group = a.h / a.k, half = a.d / 2;
     const float scale = 1 / std::sqrt((float)a.d);
     #pragma omp parallel for collapse(2) num_threads(a.threads) if (a.n * heads * a.d >= MUCH)
     for (int64_t head = 0; head < heads; head++)
         for (int64_t t = 0; t < a.n; t++) {
             const bool asks = head < a.h;
             const float *x = rows + (t * heads + head) * a.d, *weight = asks ? query_norm : key_norm, *c = cos + t * half, *s = sin + t * half;
-            float *y = asks ? queries + (head * (a.n - first) + t - first) * a.d : kept + ((head - a.h) * a.capacity + a.m - a.n + t) * a.d;
+            float *y = asks ? queries + ((head / group * (a.n - first) + t - first) * group + head % group) * a.d
+                            : kept + ((head - a.h) * a.capacity + a.m - a.n + t) * a.d;
             if (head >= a.h + a.k)
                 std::memcpy(y, x, a.d * sizeof(float));
             else if (!asks || t >= first) {
@@ -357,20 +361,21 @@ static void turn(const Call &a, const float *rows, const float *cos, const float
         }
 }
 
-// Attention of queries [h][n - first][d], under mask [n][w] -> to [n - first][h d].
+// Attention of queries [k][n - first][h / k][d], under mask [n][w] -> to [n - first][h d].
 static void read(const Call &a, const float *queries, const float *kept, const bool *mask, int64_t first, float *to) {
-    const int64_t n = a.n - first, group = a.h / a.k * n, all = a.h * n;
-    #pragma omp parallel for num_threads(a.threads)
-    for (int64_t part = 0; part < a.threads; part++) {                        // each an equal share of the rows of queries, in the order of their heads
+    const int64_t group = a.h / a.k, own = group * (a.n - first), all = a.k * own, share = std::min(MANY, (all + a.threads - 1) / a.threads);
+    #pragma omp parallel for schedule(dynamic) num_threads(a.threads)
+    for (int64_t part = (all - 1) / share; part >= 0; part--) {               // of a prompt those first that see most
         thread_local std::vector<Floats> room;
         room.resize((MANY * (PANEL + a.d) + BLOCK * a.d + LANES - 1) / LANES);
-        for (int64_t row = all * part / a.threads, end = all * (part + 1) / a.threads; row < end;) {
-            const int64_t head = row / group, count = std::min({MANY, end - row, (head + 1) * group - row});
+        for (int64_t row = share * part, end = std::min(row + share, all); row < end;) {
+            const int64_t head = row / own, count = std::min({MANY, end - row, (head + 1) * own - row});
             float *out[MANY];
             int64_t tokens[MANY];
             for (int64_t r = 0; r < count; r++) {
-                tokens[r] = first + (row + r) % n;
-                out[r] = to + ((row + r) % n * a.h + (row + r) / n) * a.d;
+                const int64_t token = (row + r) % own / group;
+                tokens[r] = first + token;
+                out[r] = to + (token * a.h + head * group + (row + r) % group) * a.d;
             }
             const float *keys = kept + head * a.capacity * a.d, *values = keys + a.k * a.capacity * a.d;
             attend(a, count, tokens, queries + row * a.d, mask, keys, values, out, (float *)room.data());
