@@ -1408,20 +1408,21 @@ def in_c(model: Model) -> tuple[Model, Model]:
 @pytest.mark.parametrize("compiler", [COMPILER, narrower])
 def test_compiled_layers_are_the_layers(compiler, tmp_path_factory, monkeypatch):
     """Logits, features and cache rows against float64: prompts and trees behind any length, a few columns and several panels of them, head sizes that fill
-    registers and others, flat and sharp attention."""
+    registers and others, flat and sharp attention, gates that are half open and others that overflow e^x."""
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("CXX", compiler)
     shapes = st.sampled_from([(4, 2, 64), (3, 1, 128), (2, 2, 16), (6, 1, 20), (2, 1, 8)])
 
     @given(shapes, st.integers(1, 60), st.integers(0, 90) | st.integers(440, 1100), st.sampled_from(("prompt", "tree", "block")), st.booleans(),
-           st.sampled_from((0.1, 1.0, 3.0)), st.integers(1, 3), st.sampled_from([(), (-1, 0, 2), (1, 1)]), st.booleans(), st.integers(0, 2**31))
-    def check(shape, n, length, kind, normed, sharp, threads, taps, last, seed):
+           st.sampled_from((0.1, 1.0, 3.0)), st.sampled_from((1.0, 60.0)), st.integers(1, 3), st.sampled_from([(), (-1, 0, 2), (1, 1)]), st.booleans(),
+           st.integers(0, 2**31))
+    def check(shape, n, length, kind, normed, sharp, wide, threads, taps, last, seed):
         generator, before = torch.Generator().manual_seed(seed), torch.get_num_threads()
         config = replace(MODEL.config, **dict(zip(("num_attention_heads", "num_key_value_heads", "head_dim"), shape)), hidden_size=64, intermediate_size=96,
                          num_hidden_layers=3, qk_norm=normed, vocab_size=64)
         model = Model(config).requires_grad_(False)
         for name, value in model.named_parameters():
-            value.copy_(torch.randn(value.shape, generator=generator) * (sharp if "qkv" in name else 1.0) / (8 if value.dim() == 2 else 1))
+            value.copy_(torch.randn(value.shape, generator=generator) * (sharp if "qkv" in name else wide if "gate" in name else 1.0) / (8 if value.dim() == 2 else 1))
         twin, exact = in_c(model)
         caches = [KVCache(config, length + n + 2, dtype, "cpu") for dtype in (torch.float32, torch.float64)]
         caches[0].rows.copy_(torch.randn(caches[0].rows.shape, generator=generator))
