@@ -129,8 +129,8 @@ def verify_once(model: Model, cache: KVCache, n: int, taps: tuple[int, ...] = ()
 
 
 def measure_cost(model: Model, budget: int) -> list[float]:
-    """Seconds that verifying n = 0, 1, ... `budget` nodes takes here: of a few sizes the fastest of four forwards, or of two where four would take more than
-    half a second; straight lines between, and on behind the last."""
+    """Seconds that verifying n = 0, 1, ... `budget` nodes takes here: of a few sizes the fastest of four forwards, of fewer, but two at least, once they have
+    taken half a second; straight lines between, and on behind the last."""
     seconds = dict.fromkeys((0, 1, 3, 5, 7, 15), math.inf)
     cache, start = model.new_cache(0), time.perf_counter()
     cache.reserve(128 + 16)
@@ -173,7 +173,7 @@ class Stats:
     nodes: Counter = field(default_factory=Counter)                # verified nodes by source
     merged: int = 0                                                # retrieved nodes that were in the tree already, and cost nothing
     accepted: Counter = field(default_factory=Counter)             # committed tokens by source
-    stages: Counter = field(default_factory=Counter)               # rounds by the checkpoint that stopped drafting, or "full"
+    stages: Counter = field(default_factory=Counter)               # rounds by the checkpoint that stopped drafting, or "full": none did
     seconds: Counter = field(default_factory=Counter)              # by step
     finish: str = ""                                               # eos, stop, length, context or interrupted; "" while it runs
 
@@ -570,7 +570,8 @@ class ModelDrafter(Drafter):
 
 class State:
     """What outlives a generation: the KV caches and the tokens they stand for, and the two stores. Pass one state to several
-    calls of `generate` and a conversation prefills only what is new."""
+    calls of `generate` and a conversation prefills only what is new: what its drafter has not read is read again, so give none to a method
+    that does not draft."""
 
     def __init__(self, model: Model, drafter: Drafter | None = None, adjacency: AdjacencyMatrix | None = None,
                  ngrams: NGramIndex | None = None):
@@ -660,8 +661,12 @@ def generate(model: Model, prompt: list[int], config: GraftConfig = GraftConfig(
 def generate_batch(model: Model, prompts: list[list[int]], config: GraftConfig = GraftConfig(), *,
                    states: list[State] | None = None) -> Iterator[tuple[int, Round]]:
     """Continue several prompts side by side; yields (which prompt, its Round). Each has its own tree, caches and stores and gets
-    the text it would get alone; one forward of the target verifies all trees, and a sequence that has ended is in none."""
+    the text it would get alone; one forward of the target verifies all trees, and a sequence that has ended is in none. Raises ValueError
+    where prompts share a state."""
     states = states or [State(model) for _ in prompts]
+    own = [each for state in states for each in (state, state.drafter) if each]
+    if len(set(map(id, own))) < len(own):
+        raise ValueError("states: two prompts share a State, or a drafter; expected one of its own for each")
     return run_rounds(model, [Sequence(model, prompt, config, state) for prompt, state in zip(prompts, states, strict=True)])
 
 
@@ -723,7 +728,7 @@ def draft_and_prune(sequence: Sequence) -> Tree:
                 share, stage = stages[step][1], str(step)
                 break
         stats.stages[stage] += 1
-        return tree.top(max(1, round(share * config.budget)))
+        return tree.top(max(int(share > 0), round(share * config.budget)))
 
 
 def retrieve(sequence: Sequence, tree: Tree) -> list[tuple[int, str, Branch]]:

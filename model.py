@@ -263,7 +263,8 @@ class KVCache:
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` rows or some more, keeping what is there."""
         if capacity > self.capacity and self.spare is None:
-            self._hold(F.pad(self.rows, (0, 0, 0, -(-capacity // self.STEP) * self.STEP - self.capacity)))
+            with torch.inference_mode(False):                                          # to be written to in any mode
+                self._hold(F.pad(self.rows, (0, 0, 0, -(-capacity // self.STEP) * self.STEP - self.capacity)))
         elif capacity > self.capacity:
             old, held, shape, size = self.rows, self.capacity, list(self.rows.shape), roomy(capacity, 4 * self.STEP)
             fitting = [i for i, (rows, _) in enumerate(self.spare) if rows.shape[3] == size]

@@ -43,7 +43,7 @@ def template(size: int, ranks: tuple[float, ...], depth: int = 16) -> tuple[tupl
 
 
 class AdjacencyMatrix:
-    """M: row x holds the k likeliest successors of token x when the target last read it; -1 where it never has.
+    """M: row x holds the k likeliest successors of token x when the target last verified it; -1 where it never has.
 
     [vocab, k] int32, bounded by its shape. Source: the Graft paper, and Token Recycling (arXiv 2408.08696), which introduced the
     matrix. The paper keeps it on the target's device; on the host a proposal launches nothing.

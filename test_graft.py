@@ -314,8 +314,9 @@ def test_one_tree_forward_is_every_path_alone_and_commit_keeps_one(tree, prompt,
             assert (logits[0, path] - alone).abs().max() < 1e-9
         path = [0, *tree.path(rng.choice(range(len(tree))))]
         cache.commit(path)
+        cache.reserve(600)
         after, _ = MODEL(torch.tensor([[5, 6]]), torch.tensor([[n + len(path), n + len(path) + 1]]), cache)
-        assert cache.length == n + len(path)
+        assert cache.rows.is_inference() is False and cache.length == n + len(path)
         text, rows = prompt + [tree.tokens[i] for i in path] + [5, 6], MODEL.new_cache(40)
         fresh, _ = MODEL(torch.tensor([text]), torch.arange(len(text))[None], rows)
         assert (after[0] - fresh[0, -2:]).abs().max() < 1e-9
@@ -1067,6 +1068,10 @@ def test_a_batch_is_each_prompt_alone(method, prompts, temperature, data):
             ended.add(i)
             assert (step.stats.finish, step.stats.rounds) == (alone[i][1].finish, alone[i][1].rounds)
     assert texts == [tokens for tokens, _ in alone]
+    for drafter in (new_state().drafter, None):                                         # a State twice, or a drafter in two
+        shared = [State(model, drafter)] * 2 if drafter is None else [State(model, drafter), State(model, drafter)]
+        with pytest.raises(ValueError, match="share"):
+            generate_batch(model, prompts[:1] * 2, config, states=shared)
 
 
 # -------------------------------------------------------------------------- fixed buffers, as CUDA graphs have them, uncaptured

@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from demo_model import cache_folder, tool  # noqa: E402
 from graft import ModelDrafter  # noqa: E402
+from kernels import kernels  # noqa: E402
 from model import Layer, Model, ModelConfig, NoCache, checkpoint_layout, load_model, unstacked  # noqa: E402
 from retrieval import whole  # noqa: E402
 from train_eagle3 import SHARD, TEXT, model_folder, read_text  # noqa: E402
@@ -56,6 +57,7 @@ def prepare(setup, method: str):
             raise ValueError(f"method '{method}' needs a draft model and --draft names none; variants/depth_pruned.py makes one")
         dropped, guesses = DROPPED[target.num_hidden_layers, target.hidden_size]
         draft, config = prune(setup.model, dropped), replace(config, depth=guesses - 1)       # depth does not count the root's children
+        draft.kernels = kernels(draft) if setup.model.kernels else None
     return config, lambda: ModelDrafter(draft), None
 
 
@@ -72,7 +74,7 @@ def prune(model: Model, dropped: tuple[int, ...]) -> Model:
         for name, part in old.named_children():
             if name != "layers":
                 setattr(new, name, part)
-    small.inverse, small.graphs, small.mixed = model.inverse, model.graphs, model.mixed
+    small.inverse, small.graphs, small.compiled, small.mixed = model.inverse, model.graphs, model.compiled, model.mixed
     return small.requires_grad_(False).eval()
 
 

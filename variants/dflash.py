@@ -47,8 +47,8 @@ def prepare(setup, method: str):
     steps = net.block_size - 1                                 # positions of a block to guess; the first is expansion step 0
     if method == "dflash_graft":
         config = replace(setup.configure("graft"), depth=steps - 1)
-        if cost := config.verify_cost:                         # drafting on costs nothing: a level is looked at while any node of it can pay
-            least = min(1.0, max(0.0, min((price - cost[0]) / n for n, price in enumerate(cost) if n)))
+        if config.priced:                                      # drafting on costs nothing: a level is looked at while any node of it can pay
+            least = min(1.0, math.exp(config.least))
             config = replace(config, checkpoints=tuple(range(steps)), thresholds=(least,) * steps, retained=(1.0,) * steps)
     else:
         budget = min(steps, setup.base.budget)

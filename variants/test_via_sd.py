@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent),
                 str(Path(__file__).resolve().parent.parent / "tools")]
+import kernels
 import run
 import via_sd
 from demo_model import demo_model
 from graft import EagleDrafter, GraftConfig, Sampler, Sequence, State, run_rounds
 from model import Model, load_model
-from test_graft import HEAD, MODEL, VOCAB, command, plain_greedy, plain_sampling, tokens_of
+from test_graft import HEAD, MODEL, VOCAB, command, needs_compiler, plain_greedy, plain_sampling, tokens_of
 
 ALL = via_sd.slim_of(MODEL, [1, 2, 3], kept=1.0)
 SLIM = via_sd.slim_of(MODEL, [1, 2, 3, 4, 5, 6], HEAD.taps, kept=4 / 6)
@@ -118,12 +119,15 @@ def test_agreement_is_a_share_of_tokens():
     assert run.agreement([[1, 2, 3, 4], [5]], [[1, 2, 9, 4], [5, 6]]) == {"before_first_difference": 0.5, "by_position": 0.6667}
 
 
-def test_a_loaded_models_slim_tier_runs_its_own_layers():
-    """Loading leaves a model's parts as plain attributes, which must not hide the slim tier's."""
-    model = load_model(demo_model())
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_a_loaded_models_slim_tier_runs_its_own_layers(compiled):
+    """Loading leaves a model's parts as plain attributes, which must not hide the slim tier's; nor may the target's compiled layers run."""
+    model = load_model(demo_model(), dtype=torch.float32, products=kernels.products() if compiled else None)
+    model.kernels = kernels.kernels(model) if compiled else None
     slim = via_sd.slim_of(model, list(range(20)), kept=0.5)
     assert len(slim.layers) == model.config.num_hidden_layers // 2 and len(model.layers) == model.config.num_hidden_layers
-    assert not torch.equal(*(tier(torch.tensor([[5]]), torch.tensor([[0]]), tier.new_cache(1))[0] for tier in (slim, model)))
+    with torch.inference_mode():
+        assert not torch.equal(*(tier(torch.tensor([[5]]), torch.tensor([[0]]), tier.new_cache(1))[0] for tier in (slim, model)))
 
 
 def test_the_demo_model_says_that_it_is_lossy_and_how_far_it_agrees(tmp_path):

@@ -47,6 +47,7 @@ def slim_of(model: Model, tokens: list[int], taps: tuple[int, ...] = (), kept: f
     slim = copy.copy(model)
     slim._modules = dict(model._modules)
     slim.layers = nn.ModuleList(model.layers[layer] for layer in sorted(chosen))
+    slim.kernels = None                                                 # compiled, all of the target's layers would run
     return slim
 
 
@@ -106,8 +107,9 @@ def verify(model: Model, sequences: list[Sequence], trees: list[Tree], *, slim: 
             with sequence.stats.clock("verify"):
                 below = [node for node in range(path[-1] + 1, len(tree)) if path[-1] in (0, *tree.path(node))]
                 trees[which] = tree = tree.select(path + below)         # so the settled nodes are 0, 1, 2 ...
-                unread, drafter.unread = drafter.unread, []
+                unread = drafter.unread
                 logits, features = forward(model, sequence, unread, tree)
+                drafter.unread = []                                     # not before: whoever breaks off leaves provisional rows
                 if unread and drafter.inner:                            # the head reads again, now with the full model's features
                     drafter.inner.rewind(sequence.state.cache.length - len(unread) + 1)
                     drafter.inner.observe(features[:, :len(unread)], torch.tensor([unread + tree.tokens[:1]], device=model.device))
