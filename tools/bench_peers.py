@@ -104,7 +104,7 @@ def main() -> None:
         except Exception as error:  # a peer that does not run here is left out, and said to be
             if name in (*methods, "transformers greedy"):        # what the others are compared with
                 raise
-            print(f"{name} does not run here: {str(error).splitlines()[0]:.120}")
+            print(f"{name} does not run here: {(str(error) or type(error).__name__).splitlines()[0]:.120}")
             del calls[name]
     runs = {name: [] for name in calls}
     for number, ids in enumerate(encoded):

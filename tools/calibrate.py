@@ -8,7 +8,8 @@ The cost model. A round that takes s expansion steps of the head and verifies n 
     T(s, n) = t_observe + t_head(f_1) + ... + t_head(f_s) + t(n) + t_rest
 
 with t(n) the target's time for a forward of root + n nodes, t_observe and t_head(f) the head's time to read the accepted tokens
-and to expand f nodes, those of a step that could pay, and t_rest everything else (retrieval, merging, bookkeeping); all are measured here. It commits
+and to expand f nodes, those of a step that could pay (a GPU's graphs expand all), and t_rest the rest of a round that retrieves (merging and bookkeeping too; of
+others it is counted as nothing); all are measured here. It commits
 1 + A tokens, A being the accepted nodes. By renewal reward, the policy with the most tokens a second is the one that in every
 round maximises 1 + A - rate * T, for the rate that this policy itself reaches. Three decisions follow:
 
@@ -23,7 +24,7 @@ Because output does not depend on the tree, every position of a greedy text is a
 replay drafts to the full depth at each position of the target's answers to prompts of ours, builds the tree that each stopping step
 would have given, with live stores, notes every node's probability and whether the text went that way, and any policy can then
 be scored exactly by walking through the texts. `eagle` gets its own best fixed n and depth; the paper's 60 nodes in stages of
-8, 24 and 40 are scored too, for comparison.
+8, 24 and 40 are scored too, for comparison, drafted with this beam.
 """
 
 import argparse
@@ -39,7 +40,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import run  # noqa: E402
-from demo_model import command_line, tool  # noqa: E402
+from demo_model import at_least, command_line, tool  # noqa: E402
 from graft import GraftConfig, Sampler, Sequence, Stats, draft_and_prune, graft, lines, retrieve, tune, verify_once  # noqa: E402
 from model import Model  # noqa: E402
 from tree import ADJACENCY, NGRAM, Tree  # noqa: E402
@@ -178,7 +179,7 @@ def record(setup: run.Setup, prompts: list[list[int]], new: int, trust: tuple[fl
             if not future:
                 continue
             frontier = [sorted(map(math.exp, tree.scores[len(trees[s - 1]) if s else 1:]), reverse=True)[:TOP_K] for s, tree in enumerate(trees)]
-            entry = {"frontier": frontier, "left": len(future), "graft": [], "ngrams": [], "prune": []}
+            entry = {"frontier": frontier, "graft": [], "ngrams": [], "prune": []}
             built = lambda method, config: build(setup.model, root, replace(config, method=method), trees, state, len(future))
             for s in range(len(trees)):
                 for method, change in (("graft", {}), ("ngrams", {"adjacency": False}), ("prune", {})):
@@ -311,15 +312,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "mixed", "bfloat16", "float16", "float32"))
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="as run.py's")
     parser.add_argument("--prompts", default=PROMPTS, metavar="FILE.jsonl", help="what the replayed texts answer")
-    parser.add_argument("--new-tokens", type=int, default=96)
-    parser.add_argument("--length", type=int, default=256, help="committed tokens when t(n) is measured")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--new-tokens", type=at_least(2), default=96)
+    parser.add_argument("--length", type=at_least(3), default=256, help="committed tokens when t(n) is measured")
+    parser.add_argument("--repeats", type=at_least(1), default=15)
     args = parser.parse_args()
     if args.draft and not (args.model or args.out):
         raise ValueError("--draft without --model needs --out: what is calibrated by default is for the shipped head")
-    for name, least in (("new_tokens", 1), ("length", 3), ("repeats", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected {least} or more")
     run.writable(args.out, "--out")
     given = [word for name in ("model", "draft", "device") if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
     options = run.parse(["calibrating", "--dtype", args.dtype, *run.flag("compile", args.compile), *given])
@@ -333,7 +331,7 @@ def main() -> None:
     begin = time.perf_counter()
     trust = (1.0, 1.0)
     if setup.head:        # how much less often a retrieved node is right than it claims, where the head proposed other tokens
-        by_source = reliability(record(setup, prompts[::2], args.new_tokens))
+        by_source = reliability(record(setup, prompts, args.new_tokens))
         rows = {source: list(by_source.get(source, {}).values()) for source in (NGRAM, ADJACENCY)}
         ratio = lambda found: sum(r * n for _, r, n in found) / sum(c * n for c, _, n in found) if found else 1.0
         trust = tuple(round(min(1.0, max(0.02, ratio(found))), 3) for found in rows.values())

@@ -37,6 +37,16 @@ def command_line(script: str) -> str:
     return f"python {script} " + " ".join(a if "/" not in a else Path(a).name for a in sys.argv[1:])
 
 
+def at_least(low: int):
+    """For argparse: the type of a whole number from `low` on."""
+    def number(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"is {text}; expected {low} or more")
+        return int(text)
+    number.__name__ = "int"                                # what argparse calls it where it is none
+    return number
+
+
 def tool(main) -> None:
     """Run a script's main: bad input is one line and exit status 1, Ctrl-C is 130."""
     try:

@@ -9,6 +9,7 @@ by. They are in the first quarter of a long run.
 
 import argparse
 import math
+import os
 import random
 import sys
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import run  # noqa: E402
+from demo_model import at_least  # noqa: E402
 from graft import Sequence, State, run_rounds  # noqa: E402
 from retrieval import AdjacencyMatrix, NGramIndex  # noqa: E402
 from train_eagle3 import TEXT, read_text  # noqa: E402
@@ -35,7 +37,7 @@ def check(holds: bool, what: str) -> None:
 
 def resident() -> float:
     """MB of memory that this process holds (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def check_bounds(sequence: Sequence) -> None:
@@ -209,7 +211,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("command", choices=("generate", "fuzz"))
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--growth", type=float, default=48, help="MB that memory may grow by after the first quarter")
-    parser.add_argument("--capacity", type=int, default=1 << 14, help="of the n-gram index: small, so that it forgets many times")
+    parser.add_argument("--capacity", type=at_least(2), default=1 << 14, help="of the n-gram index: small, so that it forgets many times")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=random.randrange(2**40))
     args = parser.parse_args(argv)

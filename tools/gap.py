@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import run  # noqa: E402
 from calibrate import PROMPTS, floor, measure, median_ms  # noqa: E402
-from demo_model import command_line, tool  # noqa: E402
+from demo_model import at_least, command_line, tool  # noqa: E402
 from graft import Chain, Sequence, run_rounds  # noqa: E402
 from model import Linear  # noqa: E402
 from retrieval import AdjacencyMatrix, NGramIndex  # noqa: E402
@@ -123,14 +123,16 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "mixed", "bfloat16", "float16", "float32"))
     parser.add_argument("--device")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="as run.py's")
-    parser.add_argument("--prompts", type=int, default=14, help="at most so many")
-    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--prompts", type=at_least(1), default=14, help="at most so many")
+    parser.add_argument("--repeats", type=at_least(1), default=25)
     parser.add_argument("--json", required=True)
     args = parser.parse_args()
     run.writable(args.json)
     options = ["--dtype", args.dtype, *(["--device", args.device] if args.device else []), *run.flag("compile", args.compile)]
     seen = first_use(5, options)       # before this process grows: Linux counts a parent's memory at the start towards its child's peak
     setup = run.set_up(run.parse(["x", "--max-new-tokens", "96", *options]))
+    if setup.model.device.type == "cuda":
+        torch.cuda.set_device(setup.model.device)
     t, observe, head = measure(setup, 256, args.repeats)
     bare = {n: products(setup.model, n, args.repeats) for n in (1, 8, 16, 32)}
     report = {"command": command_line("tools/gap.py"), "environment": run.environment(setup), "floor": floor(setup.model, t),

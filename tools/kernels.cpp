@@ -445,6 +445,6 @@ extern "C" void context(const Call *call, const Layer *layer, const float *x, co
     angles(a, positions, inverse, cos, sin);
     for (int64_t l = 0; l < a.layers; l++, layer++, cache += 2 * a.k * a.capacity * a.d) {
         product(layer->qkv, x, rows, a.n, a.inputs, wide, a.threads);
-        turn(a, rows, cos, sin, layer->query_norm, layer->key_norm, a.n, nullptr, cache);
+        turn(a, rows, cos, sin, layer->query_norm, layer->key_norm, a.n, rows, cache);                // no token's queries are wanted
     }
 }

@@ -78,7 +78,8 @@ def _library(command: tuple[str, ...], kept: Path) -> ctypes.CDLL:
 
 def instructions() -> str:
     """What the library was compiled for."""
-    return "avx512" if NUMBER.in_dll(library(), "block_size").value == 32 else "avx2"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return "avx512" if NUMBER.in_dll(library(), "block_size").value == 32 else "avx2" if "AVX" in capability[:3] else capability.lower().replace(" ", "-")
 
 
 class Blocks:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import run  # noqa: E402
 from calibrate import bandwidth, bytes_read, median_ms  # noqa: E402
-from demo_model import command_line, tool  # noqa: E402
+from demo_model import at_least, command_line, tool  # noqa: E402
 from graft import verify_once  # noqa: E402
 from kernels import kernels, products  # noqa: E402
 from model import Linear, Model, ModelConfig, RMSNorm  # noqa: E402
@@ -65,31 +65,35 @@ def curve(model: Model, length: int, grid: list[int], repeats: int) -> tuple[dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", required=True, choices=list(SHAPES))
-    parser.add_argument("--layers", type=int, help="fewer than the shape has, where memory is short")
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--layers", type=at_least(1), help="fewer than the shape has, where memory is short")
+    parser.add_argument("--length", type=at_least(3), default=512)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="as run.py's")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument("--compile", action="store_true", help="compile it; without, float32 is not compiled either")
+    parser.add_argument("--repeats", type=at_least(1), default=15)
     parser.add_argument("--json", required=True)
     args = parser.parse_args()
     config = SHAPES[args.shape]
-    if torch.device(args.device).index:
-        torch.cuda.set_device(args.device)
+    run.writable(args.json)
+    device = run.choose_device(args.device)
+    if device.index:
+        torch.cuda.set_device(device)
     if args.layers:
         config = replace(config, num_hidden_layers=args.layers, moe_layers=tuple(i for i in config.moe_layers if i < args.layers))
-    in_c = args.compile and torch.device(args.device).type == "cpu"
+    in_c = args.compile and device.type == "cpu"
     if in_c and args.dtype != "float32":
         raise ValueError(f"--compile is, on a CPU, for float32; --dtype is {args.dtype}")
-    model = random_model(config, getattr(torch, args.dtype), args.device, products() if in_c else None)
+    model = random_model(config, getattr(torch, args.dtype), device, products() if in_c else None)
     model.compiled = args.compile
     if in_c:
         model.kernels = kernels(model)
+        if not model.kernels:
+            raise ValueError(f"--compile takes, on a CPU, dense models; --shape is {args.shape}")
     times, peaks = curve(model, args.length, [0, 1, 3, 7, 15, 31, 60], args.repeats)
     speed = bandwidth(model.device)
     floor = bytes_read(model) / speed / 1e6
     report = {"command": command_line("tools/latency_curve.py"), "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine(),
-              "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": args.dtype, "layers": config.num_hidden_layers, "committed_tokens": args.length,
+              "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": args.dtype, "compiled": args.compile, "layers": config.num_hidden_layers, "committed_tokens": args.length,
               "gigabytes_per_second": round(speed, 1), "floor_ms_one_row": round(floor, 3), "milliseconds_by_nodes": times,
               "over_floor": round(times[0] / floor, 3), "verify_8_over_plain": round(times[7] / times[0], 3), "peak_mebibytes_by_nodes": peaks}
     print(json.dumps(report, indent=1))

@@ -18,7 +18,11 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("table")
 parser.add_argument("picture")
 args = parser.parse_args()
-report = json.loads(Path(args.table).read_text(encoding="utf-8"))
+try:
+    report = json.loads(Path(args.table).read_text(encoding="utf-8"))
+    report["methods"], report["prompts"]
+except (OSError, ValueError, TypeError, KeyError) as error:
+    raise SystemExit(f"error: {args.table}: not a table of 'run.py bench' ({error})") from None
 figure, axes = plt.subplots(figsize=(8, 5.5), dpi=120)
 for number, (name, entry) in enumerate(report["methods"].items()):
     colour = f"C{number}"

@@ -25,11 +25,11 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "variants")]
-from demo_model import command_line, tool  # noqa: E402
+from demo_model import at_least, command_line, tool  # noqa: E402
 from dflash import DFlash, load_dflash, stacked  # noqa: E402
 from model import Model, NoCache, default_taps, load_model, unstacked  # noqa: E402
 from retrieval import whole  # noqa: E402
-from train_eagle3 import Texts, data_folder, descend, learning_rate, model_folder, new_optimizers, report_progress, training_state  # noqa: E402
+from train_eagle3 import Texts, chosen_device, data_folder, descend, learning_rate, model_folder, new_optimizers, report_progress, training_state  # noqa: E402
 
 
 class BlockCache(NoCache):
@@ -128,7 +128,7 @@ def validate(net: DFlash, rows: Tensor, texts: Texts, target: Model, args) -> li
 
 def train(args) -> None:
     """Muon for the matrices, AdamW for the norms; the learning rate warms up, stays, and falls linearly over the last part of the
-    run. The state is saved every few minutes; the same command continues."""
+    run. The state is saved every few minutes; the same command continues, with a new order of the texts."""
     data = data_folder(args)
     target = load_model(model_folder(args), dtype=torch.bfloat16, device=args.device, pack=False)
     H, L = target.config.hidden_size, target.config.num_hidden_layers
@@ -150,8 +150,9 @@ def train(args) -> None:
             mask, d2t = state["mask"], state["net"]["d2t"]
             ids = d2t + torch.arange(len(d2t), device=args.device)
         else:
-            counts = sum(torch.bincount(safe_open(path, "pt").get_tensor("tokens").long(), minlength=target.config.vocab_size) for path in shards)
-            mask = int(counts.argmin())                                            # a token that the text does not use
+            counts = sum(torch.bincount(safe_open(path, "pt").get_tensor("tokens").long(), minlength=target.config.vocab_size) for path in shards[1:])
+            held_out = torch.bincount(safe_open(shards[0], "pt").get_tensor("tokens").long(), minlength=len(counts))
+            mask = int((counts + held_out).argmin())                                 # a token that the text does not use, held out or not
             ids = counts.argsort(descending=True, stable=True)[:args.vocab].sort().values.to(args.device)
         net = new_net(target, default_taps(L), args.layers, args.block, mask, ids)
     net = net.float().to(args.device).requires_grad_()
@@ -204,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="target folder or Hub id (default: the demo model)")
     parser.add_argument("--data", help="where text, features and training state live (default: in Graft's cache)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--out", required=True, help="folder for the finished drafter")
     parser.add_argument("--name", default="dflash", help="of the training state, which a second call continues")
     parser.add_argument("--start", help="folder of a drafter to start from, which has its layers, block and vocab")
@@ -213,14 +214,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4_000_000, help="training tokens, repetitions included")
     parser.add_argument("--vocab", type=int, default=8192, help="tokens that are guessed: the text's most frequent")
     parser.add_argument("--batch-tokens", type=int, default=1536)
-    parser.add_argument("--spacing", type=int, default=4, help="tokens of an answer for each block that is rooted in it")
+    parser.add_argument("--spacing", type=at_least(1), default=4, help="tokens of an answer for each block that is rooted in it")
     parser.add_argument("--fade", type=float, default=0.8, help="weight of a position's loss relative to the one before")
     parser.add_argument("--lr", type=float, default=2.5e-2)
     parser.add_argument("--decay", type=float, default=0.6, help="last share of the run, in which the learning rate falls to 2%%")
-    parser.add_argument("--validate", type=int, default=500, help="updates between validations")
+    parser.add_argument("--validate", type=at_least(1), default=500, help="updates between validations")
     parser.add_argument("--held-out", type=int, default=80, help="conversations of the first shard to validate on")
     parser.add_argument("--seed", type=int, default=0)
-    train(parser.parse_args())
+    args = parser.parse_args()
+    args.device = chosen_device(args.device)
+    train(args)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ the three that an EAGLE-3 head reads, and the last, from which the target's dist
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import random
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "assets" / "smollm2-135m-text.safetensors"
 SHARD = 250      # conversations in each shard that is made from TEXT; the first shard is held out
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-from demo_model import cache_folder, command_line, demo_model, tool  # noqa: E402
+from demo_model import at_least, cache_folder, command_line, demo_model, tool  # noqa: E402
 from model import Eagle3, KVCache, Model, NoCache, _stacked, default_taps, fetch_checkpoint, load_eagle3, load_model, unstacked  # noqa: E402
 from retrieval import whole  # noqa: E402
 
@@ -439,7 +440,7 @@ def new_optimizers(matrices: list, others: list, lr: float) -> list[torch.optim.
 
 def learning_rate(args, seen: int, updates: int) -> float:
     """The share of the learning rate: it rises over 100 updates, stays, and falls over the last `args.decay` of the run."""
-    return min((updates + 1) / 100, 1.0, max(0.02, (args.tokens - seen) / (args.decay * args.tokens)))
+    return min((updates + 1) / 100, 1.0, max(0.02, (args.tokens - seen) / max(1, args.decay * args.tokens)))
 
 
 def descend(loss: torch.Tensor, optimizers: list[torch.optim.Optimizer], rate: float) -> None:
@@ -478,7 +479,7 @@ def train(args) -> None:
     a batch has a random number of them.
 
     Matrices are updated by Muon, the rest by AdamW. The learning rate warms up, stays, and falls linearly over the last part
-    of the run. The state is saved every few minutes; the same command continues."""
+    of the run. The state is saved every few minutes; the same command continues, with a new order of the texts."""
     if not 0 <= args.blend <= 1 or args.blend < 1 and (not args.start or args.draft_vocab):
         raise SystemExit(f"error: argument --blend is {args.blend}; expected between 0 and 1, and less than 1 needs --start, without --draft-vocab")
     data = data_folder(args)
@@ -494,6 +495,8 @@ def train(args) -> None:
         start = load_eagle3(args.start, target, pack=False)
         if start.taps != (taps := default_taps(target.config.num_hidden_layers)):
             raise SystemExit(f"error: --start {args.start}: the head reads the outputs of layers {start.taps}; expected {taps}")
+        if start.embed_tokens is not target.embed_tokens:
+            raise SystemExit(f"error: --start {args.start}: the head has embeddings of its own; expected one that reads the target's")
         start = start.state_dict()
     if state:
         d2t = state["head"]["d2t"]
@@ -508,6 +511,9 @@ def train(args) -> None:
         d2t = (chosen - torch.arange(len(chosen))).to(args.device)
     head = new_head(target, d2t).to(args.device).float()
     head.embed_tokens = target.embed_tokens.requires_grad_(False)
+    for name, value in head.state_dict().items() if start else ():
+        if name not in ("d2t", "lm_head.weight") and start[name].shape != value.shape:
+            raise SystemExit(f"error: --start {args.start}: tensor '{name}' has shape {list(start[name].shape)}; expected {list(value.shape)}")
     rows = target.lm_head.weight[torch.arange(len(d2t), device=d2t.device) + d2t].float()
     matrices = [p for name, p in head.named_parameters() if p.dim() == 2 and "lm_head" not in name and "embed" not in name]
     others = [p for name, p in head.named_parameters() if "embed" not in name and all(p is not m for m in matrices)]
@@ -639,19 +645,28 @@ def shard_tokens(path: Path) -> int:
         return int(f.metadata()["tokens"])
 
 
+def chosen_device(name: str | None) -> str:
+    from run import choose_device
+    return str(choose_device(name))
+
+
 def model_folder(args) -> Path:
     return fetch_checkpoint(args.model) if args.model else demo_model()
 
 
 def data_folder(args) -> Path:
-    return Path(args.data) if args.data else cache_folder() / "train" / model_folder(args).name
+    if args.data:
+        return Path(args.data)
+    folder = model_folder(args)
+    own = f"-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}" if args.model else ""      # others may have the same last name
+    return cache_folder() / "train" / f"{folder.name}{own}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="target folder or Hub id (default: the demo model)")
     parser.add_argument("--data", help="where self-made text and training state live (default: in Graft's cache)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--seed", type=int, default=0)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -659,7 +674,7 @@ def main() -> None:
     make.add_argument("--tokens", type=int, default=4_000_000, help="in all; on a CPU each takes 8 x hidden_size bytes of disk")
     make.add_argument("--batch", type=int, default=256)
     make.add_argument("--length", type=int, default=512, help="longest conversation, in tokens")
-    make.add_argument("--answer-length", type=int, default=200)
+    make.add_argument("--answer-length", type=at_least(8), default=200)
     own = make.add_mutually_exclusive_group()
     own.add_argument("--compose", action="store_true", help="make long prompts, documents up to three quarters of --length, of the answers that are there")
     own.add_argument("--prompts", help="have these prompts answered (JSON lines with id, task and turns) instead of prompts of the target's own")
@@ -683,10 +698,10 @@ def main() -> None:
     fit.add_argument("--batch-tokens", type=int, default=2048)
     fit.add_argument("--lr", type=float, default=2e-3)
     fit.add_argument("--decay", type=float, default=0.5, help="last share of the run, in which the learning rate falls to 2%%")
-    fit.add_argument("--validate", type=int, default=500, help="updates between validations")
+    fit.add_argument("--validate", type=at_least(1), default=500, help="updates between validations")
     fit.add_argument("--held-out", type=int, default=80, help="conversations of the first shard to validate on")
     args = parser.parse_args()
-    args.dtype = getattr(torch, args.dtype)
+    args.dtype, args.device = getattr(torch, args.dtype), chosen_device(args.device)
     {"generate": generate, "text": text, "train": train}[args.command](args)
 
 

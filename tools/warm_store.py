@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from demo_model import tool  # noqa: E402
 from model import load_model  # noqa: E402
 from retrieval import AdjacencyMatrix, NGramIndex, save_stores  # noqa: E402
+from run import writable  # noqa: E402
 from train_eagle3 import data_folder, model_folder  # noqa: E402
 
 
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder of self-made text (default: in Graft's cache)")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
+    writable(args.out, "--out")
     model = load_model(model_folder(args), pack=False)
     H = model.config.hidden_size
     shards = sorted(data_folder(args).glob("shard-*.safetensors"))
