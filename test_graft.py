@@ -30,7 +30,8 @@ from safetensors.torch import load_file, save_file
 import run
 import kernels  # in tools/, which run.py puts on the path
 import train_eagle3  # so is this
-from graft import CHUNK, METHODS, Beam, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, generate, generate_batch, likeliest, measure_cost, run_rounds
+from graft import (CHUNK, METHODS, Beam, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, Stats, draft_and_prune, generate, generate_batch,
+                   likeliest, measure_cost, prefill, retrieve, run_rounds, truncate, verify_once)
 from model import (MLP, CheckpointError, Eagle3, KVCache, Linear, Model, ModelConfig, MoE, RMSNorm, attention, checkpoint_layout, half_scale, halves_work,
                    load_eagle3, load_model, mixes, unstacked)
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, template
@@ -797,6 +798,37 @@ def test_a_lookup_reads_as_much_of_a_long_text_as_of_a_short_one(length):
     assert len(tokens) == 16 and 0 < Counted.reads <= 8 + 16 * (8 + 2 * 16 + 2)    # the tail; of each place, its match and what follows
 
 
+def test_the_index_finds_the_latest_places_and_forgets_the_older_half():
+    for places, first in ((2, {5}), (3, {4, 5})):
+        index = NGramIndex(places=places)
+        index.append([1, 2, 3, 1, 2, 4, 1, 2, 5, 1, 2])
+        tokens, parents, _ = index.propose(8)
+        assert {token for token, parent in zip(tokens, parents) if parent < 0} == first
+    for text, found in (([3, 3, 7, 3, 3, 3], [(2, 2), (5, 2)]), ([8, 7, -1, 8], []), ([4, -1, 5, 6, 7, 4, -1, 5, 6], [(4, 2)])):
+        index = NGramIndex()
+        index.append(text)
+        assert index.matches_of(()) == found
+    index = NGramIndex()
+    index.append([9, 5, 6, 1, -1, 5, 6, 1, -1, 9, 5, 6])                                # the longest match says how likely
+    assert index.propose(1)[2] == [pytest.approx(math.log(index.matches[3]))]
+    index = NGramIndex(capacity=100)
+    index.append(list(range(60)))
+    index.append(list(range(60, 120)))
+    assert index.tokens == list(range(70, 120))
+
+
+@pytest.mark.parametrize("bad", [VOCAB, -2])
+def test_a_store_of_other_ids_is_refused(bad, tmp_path):
+    matrix = AdjacencyMatrix(VOCAB)
+    rows = matrix.rows.clone()
+    rows[3, 1] = bad
+    for adjacency, tokens in ((rows, []), (matrix.rows, [bad])):
+        save_file({"adjacency": adjacency, "tokens": torch.tensor(tokens, dtype=torch.int32)}, tmp_path / "store")
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            load_stores(tmp_path / "store", AdjacencyMatrix(VOCAB), NGramIndex())
+
+
+
 def test_stores_come_back_and_others_are_refused(tmp_path):
     matrix, index = AdjacencyMatrix(VOCAB), NGramIndex()
     matrix.update(torch.arange(5), torch.randn(5, VOCAB))
@@ -896,6 +928,78 @@ def test_an_adversarial_drafter_changes_nothing(paths, prompt):
     for method in ("eagle", "graft"):
         config = GraftConfig(method=method, max_new_tokens=12, budget=9, eos_token_ids=())
         assert collect(MODEL, prompt, config, state=State(MODEL, drafter))[0] == expected
+
+
+@pytest.mark.parametrize("method", ["eagle", "graft"])
+@pytest.mark.parametrize("chunk", [512, 3])
+def test_the_head_reads_what_was_committed(method, chunk):
+    """Tokens and features of the text, in its order, whatever trees were verified."""
+    prompt, read = [1, 2, 3, 4, 5], []
+    truth, _ = plain_greedy(MODEL, prompt, 20)
+    drafter = Scripted(lambda length, depth, top_k: [([(truth[length - 4] + 1) % VOCAB], -0.1), (truth[length - 4:][:3], -0.2)])
+    observe, drafter.taps = drafter.observe, HEAD.taps
+    drafter.observe = lambda features, tokens: read.append((features, tokens)) or observe(features, tokens)
+    config = GraftConfig(method=method, max_new_tokens=20, eos_token_ids=(), prefill_chunk=chunk)
+    got, stats = collect(MODEL, prompt, config, state=State(MODEL, drafter))
+    assert got == truth and stats.rounds < 12
+    features, at = full_forward(MODEL, prompt + got, taps=HEAD.taps)[1], 0
+    for own, tokens in read:
+        n = tokens.shape[1] - 1
+        assert tokens[0].tolist() == (prompt + got)[at:at + n + 1] and (own - features[:, at:at + n]).abs().max() < 1e-9
+        at += n
+
+
+def test_the_stores_learn_the_text_and_what_was_verified():
+    truth, _ = plain_greedy(MODEL, [1, 2, 3], 20)
+    for method in ("ar", "retrieve"):
+        state = State(MODEL)
+        collect(MODEL, [1, 2, 3], GraftConfig(method=method, max_new_tokens=20, eos_token_ids=()), state=state)
+        assert state.ngrams.tokens[:24] == [-1, 1, 2, 3, *truth]
+        assert int(state.adjacency.rows[truth[-2], 0]) == (truth[-1] if method == "retrieve" else -1)
+        collect(MODEL, [9], GraftConfig(method=method, max_new_tokens=1, eos_token_ids=()), state=state)
+        assert state.ngrams.tokens[-3:-1] == [-1, 9]                                    # another text
+
+
+def test_drafting_stops_and_keeps_as_told():
+    paths = [([1, 2, 3], -0.1), *[([t], -0.5 - t / 99) for t in range(4, 14)]]
+    for method, threshold, kept, stage in (("prune", 0.95, 3, "0"), ("prune", 0.5, 10, "full"), ("graft", 0.95, 3, "0"), ("eagle", 0.95, 10, "full"),
+                                           ("graft_unpruned", 0.95, 7, "full")):
+        config = GraftConfig(method=method, budget=10, checkpoints=(0,), thresholds=(threshold,), retained=(0.3,))
+        sequence = Sequence(MODEL, [1], config, State(MODEL, Scripted(lambda length, depth, top_k: paths)))
+        with torch.inference_mode():
+            prefill(MODEL, sequence)
+            assert len(draft_and_prune(sequence)) == 1 + kept and dict(sequence.stats.stages) == {stage: 1}, method
+
+
+def test_retrieval_starts_where_told():
+    """From the root and the likeliest drafted nodes, or leaves; each source's chances are doubted behind nodes that have drafted children."""
+    config, state = GraftConfig(budget=9, graft_anchors=2, trust=(0.5, 0.1)), State(MODEL, Scripted(lambda *_: []))
+    state.adjacency.update(torch.arange(VOCAB), torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(0)))
+    sequence = Sequence(MODEL, [5, 6, 7, 8, 5, 6, 7, 8, 5], config, state)
+    with torch.inference_mode():
+        prefill(MODEL, sequence)
+    root = sequence.root
+    state.ngrams.append([-1, 5, root, 7, 3, 1, -1, 5, root, 7, 3, 2, -1, 5, root, 8, 4, -1, 5, root])
+    tree = Tree.rooted(root)
+    b, a = tree.add(8, 0, math.log(0.2), DRAFT), tree.add(7, 0, math.log(0.5), DRAFT)
+    tree.add(9, a, math.log(0.1), DRAFT)
+    d, free = tree.add(3, a, math.log(0.3), DRAFT), config.budget + 1 - len(tree)
+    for method, anchors in (("graft", [0, a, d]), ("graft_tail", [d, b]), ("graft_root", [0])):
+        for fields in ({}, dict(adjacency=False), dict(ngrams=False)):
+            sequence.config, sequence.method = replace(config, method=method, **fields), METHODS[method]
+            found = [(node, NGRAM, state.ngrams.propose(free, tuple(tree.tokens[i] for i in tree.path(node)))) for node in anchors] if sequence.config.ngrams else []
+            found += zip(anchors, [ADJACENCY] * 3, state.adjacency.propose([tree.tokens[node] for node in anchors], free)) if sequence.config.adjacency else []
+            doubt = lambda node, source: math.log(0.5 if source == NGRAM else 0.1) if node in (0, a) else 0
+            assert retrieve(sequence, tree) == [(node, source, (tokens, parents, pytest.approx([score + doubt(node, source) for score in scores])))
+                                                for node, source, (tokens, parents, scores) in found]
+            assert all(branch[0] for _, _, branch in found)
+
+
+def test_a_text_ends_where_its_model_says():
+    truth, _ = plain_greedy(MODEL, [4, 2], 12)
+    got, stats = collect(tiny(eos_token_ids=(truth[5],)), [4, 2], GraftConfig(method="ar", max_new_tokens=12))
+    assert got == truth[:truth.index(truth[5]) + 1] and stats.finish == "eos"
+
 
 
 def test_eos_inside_an_accepted_path_cuts_there():
@@ -1052,6 +1156,29 @@ def test_a_guesser_with_the_targets_logits_knows_the_pick(seed, temperature, dep
     assert empty == [([], [], [])] and tokens is branch[0] and 0 >= scores[0] >= scores[1] and (scores[0] > branch[2][0]) == (temperature > 0)
 
 
+def test_guesses_lean_as_computed_by_hand():
+    config, logits = GraftConfig(temperature=0.5, repetition_penalty=1.3, top_k=5, seed=3), torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(1))
+    branch = ([7, 3, 9, 4], [-1, 0, 0, 2], [math.log(p) for p in (0.4, 0.1, 0.2, 0.05)])
+    sampler, even = Sampler(config, VOCAB, "cpu"), Sampler(replace(config, lean=False, repetition_penalty=1.0), VOCAB, "cpu")
+    sampler.read(list(range(15)))
+    expected = (sampler.scores(logits, Tree.rooted(3)) * 0.5).log_softmax(-1)
+    torch.testing.assert_close(sampler.lean(logits, 0, torch.arange(VOCAB)).double(), expected, atol=1e-5, rtol=1e-5)
+    (_, _, scores), = sampler.lean_branches([branch], [2])
+    expected = []
+    for token, parent, p, depth in ((7, -1, 0.4, 2), (3, 0, 0.25, 3), (9, 0, 0.5, 3), (4, 2, 0.25, 4)):
+        odds = p / (1 - p) * math.exp(0.5 * (gumbel(3, 15 + depth, token) - 0.5772))
+        expected.append((expected[parent] if parent >= 0 else 0.0) + math.log(odds / (1 + odds)))
+    assert scores == pytest.approx(expected)
+    assert even.lean_branches([branch], [2]) == [branch] and torch.equal(even.lean(logits, 0, torch.arange(VOCAB)), logits.log_softmax(-1))
+
+
+def test_top_p_keeps_as_many_of_a_flat_row_as_it_takes():
+    logits = torch.stack([torch.arange(1000) * -1e-4, torch.arange(1000) * -1.0]).double()
+    kept = truncate(logits, GraftConfig(temperature=1.0, top_p=0.9)).isfinite().sum(-1).tolist()
+    assert kept == [int((row.softmax(-1).cumsum(-1) < 0.9).sum()) + 1 for row in logits] and kept[0] > 800
+
+
+
 @settings(max_examples=25)
 @given(st.sampled_from(list(METHODS)), st.lists(tokens_of(1, 9), min_size=1, max_size=4), st.sampled_from([0.0, 0.8]), st.data())
 def test_a_batch_is_each_prompt_alone(method, prompts, temperature, data):
@@ -1142,6 +1269,20 @@ def test_a_draft_over_fixed_buffers_is_the_draft(small_steps, reads, depth, top_
             assert length == drafters[1].cache.length
             assert (drafters[0].cache.rows[:, :, :, :length] - drafters[1].cache.rows[:, :, :, :length]).abs().max() < 1e-9
     assert twin.captured
+
+
+def test_a_window_over_fixed_buffers_is_the_window(small_steps):
+    grown = []
+    for network in (HEAD, static(HEAD)):
+        drafter = EagleDrafter(network, 3)
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            for _ in range(4):
+                drafter.observe(torch.randn(1, 3, 3 * MODEL.config.hidden_size).double(), torch.randint(0, VOCAB, (1, 4)))
+            *_, tree = drafter.expand(3, 2, 3, Sampler(GraftConfig(), VOCAB, "cpu"))
+        grown.append(tree)
+    assert drafter.dropped and grown[0].tokens == grown[1].tokens and grown[0].scores == pytest.approx(grown[1].scores, abs=1e-6)
+
 
 
 @given(st.integers(1, 6), st.sampled_from([19, 256, 300, 1024]), st.integers(1, 9), st.randoms())
@@ -1310,7 +1451,7 @@ def test_a_bad_config_names_its_field(fields):
         GraftConfig(**fields)
 
 
-@pytest.mark.parametrize("prompt, method, named", [([], "ar", "empty"), ([1] * 64, "ar", "64 tokens"), ([VOCAB], "ar", "vocabulary"),
+@pytest.mark.parametrize("prompt, method, named", [([], "ar", "empty"), ([1] * 64, "ar", "64 tokens"), ([VOCAB], "ar", "vocabulary"), ([-1], "ar", "vocabulary"),
                                                    ([1], "graft", "draft head")])
 def test_a_bad_prompt_is_refused(prompt, method, named):
     with pytest.raises(ValueError, match=named):
@@ -1710,6 +1851,33 @@ class Clocked:
     def verify(self, model, cache, n):
         self.turns += 1
         self.now += self.seconds(n) * (10 if self.turns <= 6 else 1)
+
+
+def test_sampled_near_ties_are_told_from_errors():
+    """Where the noise decides, or where truncation does: at the very rounding that could have changed the pick."""
+    for seed in range(12):
+        config, prompt = GraftConfig(temperature=0.5, top_k=6, seed=seed), [3, 1, 4, 1, 5]
+        plain = plain_sampling(MODEL, prompt, 3, config)
+        raw = full_forward(MODEL, prompt + plain[:2])[0][0, -1] / 0.5
+        whole = raw + torch.tensor([gumbel(seed, len(prompt) + 2, token) for token in range(VOCAB)])
+        for other in set(range(VOCAB)) - {plain[2]}:
+            need = 0.5 * max(float(whole[plain[2]] - whole[other]), float(raw.topk(6).values[-1] - raw[other]))
+            kinds = [run.divergence(MODEL, config, prompt, plain, [*plain[:2], other], tie)["kind"] for tie in (need - 1e-6, need + 1e-6)]
+            assert kinds == ["different", "near_tie"]
+
+
+def test_figures_by_hand(monkeypatch):
+    assert Stats(tokens=13, rounds=4).mean_accepted == 3
+    assert GraftConfig(budget=2, verify_cost=(2.0, 2.1, 2.3)).least == pytest.approx(math.log(0.1))
+    ours, plain = ([{"tokens": 11, "seconds": seconds, "steps": {"prefill": 1.0}, "rounds": rounds, "peak_megabytes": None}] for seconds, rounds in ((2.0, 5), (5.0, 10)))
+    found = run.total(ours, plain)
+    assert (found["speedup"], found["decode_tokens_per_second"], found["decode_speedup"], found["mean_accepted"], found["prompt_speedup_quartiles"]) == (2.5, 10.0, 4.0, 2.0, [2.5] * 3)
+    cache, forward, widths = MODEL.new_cache(40), Model.forward, []
+    monkeypatch.setattr(Model, "forward", lambda self, tokens, *rest, **options: widths.append(tokens.shape[1]) or forward(self, tokens, *rest, **options))
+    for n in (0, 1, 7):
+        verify_once(MODEL, cache, n)
+    assert widths == [1, 2, 8] and cache.length == 0
+
 
 
 def test_prices_are_what_nodes_cost(monkeypatch):

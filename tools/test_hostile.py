@@ -333,6 +333,70 @@ def test_a_prompt_at_the_end_of_the_context(method):
             base.collect(base.MODEL, [1] * size, config, state=State(base.MODEL, EagleDrafter(base.HEAD)))
 
 
+# --------------------------------------------------------------------------------------------------------- what is told
+
+def test_a_difference_is_told(command, tmp_path, monkeypatch):
+    """By bench and by verify, which also reads prompts in other chunks; both end with 1 then."""
+    (tmp_path / "p").write_text(json.dumps({"id": 1, "task": "t", "turns": ["hi"]}))
+    complete, chunks = run.complete, set()
+
+    def wrong(setup, plan, batch, args):
+        chunks.add(plan.config.prefill_chunk)
+        change = lambda ids: [*ids[:2], (ids[2] + 1) % 256, *ids[3:]] if plan.config.method == "retrieve" else ids
+        return [(change(ids), stats, seconds) for ids, stats, seconds in complete(setup, plan, batch, args)]
+
+    for name, table in (("bench", "lossless"), ("verify", "counts")):
+        for how, code in ((complete, 0), (wrong, 1)):
+            monkeypatch.setattr(run, "complete", how)
+            assert command(name, "--prompts", str(tmp_path / "p"), "--methods", "ar,retrieve", "--max-new-tokens", "6", "--json", str(tmp_path / name))[0] == code
+            assert json.loads((tmp_path / name).read_text())[table]["retrieve"] == {"identical": 1 - code, "near_tie": 0, "different": code}
+    assert chunks == {512, 61}
+
+
+def test_flags_reach_what_they_are_for(command, folder, tmp_path, monkeypatch):
+    fields = {"temperature": 0.5, "seed": 3, "top_k": 4, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2, "max_new_tokens": 2, "budget": 5}
+    said = command("a", "--json", *(word for name, value in fields.items() for word in (f"--{name.replace('_', '-')}", str(value))))[1]
+    assert json.loads(said)["config"].items() >= fields.items()
+    counted = [json.loads(command("a", "--json", "--max-new-tokens", "1", *more)[1])["statistics"]["prompt_tokens"] for more in ((), ("--system", "bc"))]
+    assert counted[1] - counted[0] == len(["<|im_start|>", "b", "c", "<|im_end|>"])
+    (tmp_path / "corpus").write_text("abcabd")
+    setup = run.set_up(run.parse(["x", "--model", str(folder), "--dtype", "float32", "--device", "cpu", "--corpus", str(tmp_path / "corpus")]))
+    state = setup.state()
+    state.ngrams.append(setup.text.encode("ca"))
+    assert state.ngrams.propose(1)[0] == setup.text.encode("b")
+    prompts = [json.dumps({"id": i, "task": "t" * (1 + i % 2), "turns": ["hi"]}) for i in range(6)]
+    (tmp_path / "p").write_text("\n".join(prompts))
+    assert [prompt["id"] for prompt in run.read_prompts(str(tmp_path / "p"), 2)] == ["0", "1", "2", "3"]
+    monkeypatch.setattr(run, "stop_check", lambda text, stops: (lambda output: len(output) == 2) if stops == ["z"] else None)
+    command("bench", "--prompts", str(tmp_path / "p"), "--methods", "ar", "--max-new-tokens", "5", "--stop", "z", "--json", str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out").read_text())["methods"]["ar"]["tokens"] == 2 * len(prompts)
+
+
+def test_a_conversation_is_remembered_until_it_is_reset(command, monkeypatch):
+    asked, answer, lines = [], run.answer, iter(["one", "two", "/reset", "three", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    monkeypatch.setattr(run, "answer", lambda setup, plan, ids, *rest: asked.append(ids) or answer(setup, plan, ids, *rest))
+    assert command("chat", "--max-new-tokens", "3", "--method", "ar")[0] == 0
+    first, second, third = asked
+    assert second[:len(first)] == first and len(second) > len(first) + len("two") + 3 and len(third) == len(first) + len("three") - len("one")
+
+
+def test_a_comparison_is_ours_over_plain(command, monkeypatch):
+    results = iter([([1, 2, 3], "", run.Stats(tokens=3), 2.0), ([1, 2, 4], "", run.Stats(tokens=3), 5.0)])
+    monkeypatch.setattr(run, "answer", lambda *rest: next(results))
+    report = json.loads(command("a", "--json", "--compare")[1])
+    assert report["speedup"] == 2.5 and not report["identical"]
+
+
+def test_text_is_what_was_written(folder):
+    text = run.Text(folder)
+    assert text.decode([*text.encode("a"), text.control["<|im_end|>"]]) == "a"                          # no control token is shown
+    assert "x\ue000y" in text.tokenizer.decode(text.prompt([{"role": "user", "content": "x\ue000y"}]))   # the mark is one that is not in use
+    for stop in ("\u00e9" * 3, "\u00e9" * 9):
+        ids = text.encode("a" + stop)                                                                   # two tokens for each letter
+        assert run.stop_check(text, ["x", stop])(ids) and not run.stop_check(text, ["x", stop])(ids[:-1])
+
+
 # ---------------------------------------------------------------------------------------------- memory, disks and pipes
 
 def test_out_of_memory_is_one_line(tmp_path, capsys):
