@@ -91,6 +91,8 @@ class GraftConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}; expected a number from {low} to {high}")
+        if 0 < self.temperature < 1e-4:
+            raise ValueError(f"temperature is {self.temperature!r}; expected 0 or a number from 0.0001 to 100")
         if not len(self.checkpoints) == len(self.thresholds) == len(self.retained):
             raise ValueError(f"checkpoints, thresholds and retained have lengths {len(self.checkpoints)}, {len(self.thresholds)} "
                              f"and {len(self.retained)}; expected one length")

@@ -40,6 +40,7 @@ from tree import TARGET, Tree  # noqa: E402
 DEMO_HEAD = Path(__file__).resolve().parent / "assets" / "smollm2-135m-eagle3"
 DEMO_STORE = DEMO_HEAD.parent / "smollm2-135m-store.safetensors"   # tools/warm_store.py
 CALIBRATION = DEMO_HEAD.parent / "calibration"                     # tools/calibrate.py
+CALIBRATED = {"budget", "depth", "draft_top_k", "checkpoints", "thresholds", "retained", "trust", "adjacency", "verify_cost"}   # the fields that it chooses
 CPU_BUDGET, GPU_BUDGET = 15, 60      # nodes below the root where nodes have no price; a CPU pays for each, a large GPU hardly
 GPU_CHUNK = 2048                     # tokens of a prompt a forward, on a GPU, which waits for the launches of 512 longer than for their work
 PAPER = dict(budget=60, depth=7, draft_top_k=10, verify_cost=())   # EAGLE-3's defaults, on which the paper builds
@@ -260,7 +261,7 @@ def choose_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).tolist()           # there is a device named meta, which holds no numbers
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device is {name!r}, which does not work here: {str(error).splitlines()[0]:.100}; try cpu or cuda") from None
     return device
@@ -321,13 +322,19 @@ def set_up(args, calibrated: bool = True) -> Setup:
     if args.compile and device.type == "cuda":
         say("Compiling as forwards come: half a minute, less once torch has kept some of it ...")
     text.check(model)
-    draft = not OWN_DRAFT & asked(args) and args.draft or (str(DEMO_HEAD) if not args.model and DEMO_HEAD.is_dir() else None)
+    own = OWN_DRAFT & asked(args)
+    others = {name for name in asked(args) - own if METHODS.get(ABLATIONS.get(name, (name,))[0], METHODS["graft"]).draft}
+    if args.draft and own and others:
+        raise ValueError(f"--draft is {args.draft}, which cannot be for both {','.join(sorted(own))} and {','.join(sorted(others))}; compare them in two runs")
+    draft = not own and args.draft or (str(DEMO_HEAD) if not args.model and DEMO_HEAD.is_dir() else None)
     head = load_draft(fetch_checkpoint(draft), model) if draft else None
     for network in (model, head) if model.products else ():
         if network:
             network.kernels = kernels(network)
     if args.compile and model.products and not model.kernels:
         raise ValueError(f"{folder}: --compile takes, on a CPU, dense models whose matrices bfloat16 holds, in sizes that are multiples of 32; leave it out")
+    if args.draft_window and not head:
+        raise ValueError(f"--draft-window is {args.draft_window}, and there is no draft head; give --draft, or leave it out")
     if isinstance(head, Model) and args.draft_window:
         raise ValueError(f"--draft-window is {args.draft_window}, but --draft names a model, which reads all of the text; leave it out")
     method = getattr(args, "method", None) or ("graft" if head else "retrieve")
@@ -387,18 +394,21 @@ def read_calibration(path: Path) -> tuple[dict, tuple]:
     """By method, the fields of GraftConfig that tools/calibrate.py chose; and for which processor and threads."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        methods, machine = report["methods"], report.get("environment", {})
+        methods, machine = report["methods"], report.get("environment") or {}
+        machine = machine.get("device"), machine.get("threads")
         tuned = {name: {k: tuple(v) if isinstance(v, list) else v for k, v in entry["config"].items()} for name, entry in methods.items() if "config" in entry}
         for fields in tuned.values():
+            if set(fields) - CALIBRATED or "budget" not in fields:
+                raise ValueError(f"fields are {', '.join(fields)}; expected budget and some of {', '.join(sorted(CALIBRATED))}")
             GraftConfig(**fields)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"calibration {path}: not a file that tools/calibrate.py wrote ({error})") from None
-    return tuned, (machine.get("device"), machine.get("threads"))
+    return tuned, machine
 
 
 def read_text(path: str, what: str) -> str:
     try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{what} {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
@@ -482,6 +492,7 @@ def command_generate(args) -> int:
     if args.prompt is not None and args.file is not None:
         raise ValueError("a prompt and --file were both given; expected one of them")
     prompt = check_text(args.prompt if args.prompt is not None else read_text(args.file, "--file"))
+    writable(args.store, "--store")
     setup = set_up(args)
     ids = setup.ask(prompt)
     plan = setup.plan(setup.method)
@@ -514,6 +525,9 @@ def command_generate(args) -> int:
 
 
 def command_chat(args) -> int:
+    if args.chat is False:
+        raise ValueError("chat needs the chat template; leave out --no-chat")
+    writable(args.store, "--store")
     setup = set_up(args)
     if not setup.chat:
         raise ValueError("chat needs a checkpoint with a chat template")
@@ -538,7 +552,7 @@ def command_chat(args) -> int:
                 ids = setup.ids([*messages, turn])
                 _, text, stats, seconds = answer(setup, plan, ids, state, args, lambda piece: print(piece, end="", flush=True))
             except ValueError as error:
-                say(f"error: {error}")
+                say(f"error: {' '.join(str(error).split())}")
                 continue
             messages += [turn, {"role": "assistant", "content": text}]
             print("\n\n" + text if args.show_tree else "")
@@ -557,8 +571,9 @@ def read_prompts(path: str, per_task: int | None) -> list[dict]:
             continue
         try:
             entry = json.loads(line)
-            entry = {"id": str(entry["id"]), "task": str(entry["task"]), "text": check_text(entry["turns"][0])}
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            first, *_ = entry["turns"] if isinstance(entry["turns"], list) else ()
+            entry = {"id": str(entry["id"]), "task": str(entry["task"]), "text": check_text(first)}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path}, line {number}: expected an object with 'id', 'task' and 'turns' (a list of texts)") from None
         counts[entry["task"]] = counts.get(entry["task"], 0) + 1
         if per_task is None or counts[entry["task"]] <= per_task:
@@ -642,7 +657,9 @@ def agreement(plain: list[list[int]], other: list[list[int]]) -> dict:
 
 def finished(partial: Path, key: str, batch_size: int) -> list[dict]:
     """The prompts that an interrupted run of the same benchmark has finished, in whole batches; leaves a file that holds no others."""
-    lines = partial.read_text(encoding="utf-8").split("\n") if partial.exists() else []
+    lines = partial.read_text(encoding="utf-8", errors="replace").split("\n") if partial.exists() else []
+    if lines and not re.fullmatch("[0-9a-f]{64}", lines[0]):
+        raise ValueError(f"{partial}: is in the way; expected no file, or what an interrupted bench left")
     entire = lines[1:-1] if lines[:1] == [key] else []                    # behind the last newline: nothing, or half a line
     entire = entire[:len(entire) // batch_size * batch_size]
     with whole(partial) as file:
@@ -696,11 +713,11 @@ def command_verify(args) -> int:
         say(f"\r{number + 1}/{len(prompts)} prompts ", end="")
     say()
     counts = {name: {kind: sum(e["kind"] == kind for e in entries) for kind in ("identical", "near_tie", "different")} for name, entries in found.items()}
-    for name, count in counts.items():
-        print(f"{name + ':':20} {count['identical']} identical, {count['near_tie']} near ties, {count['different']} different{' (lossy)' * plans[name].lossy}")
     if args.json:
         report = {"command": command_line("run.py"), "environment": environment(setup), "near_tie_in_logits": setup.tie, "counts": counts, "found": found}
         write(args.json, report)
+    for name, count in counts.items():
+        print(f"{name + ':':20} {count['identical']} identical, {count['near_tie']} near ties, {count['different']} different{' (lossy)' * plans[name].lossy}")
     return 1 if any(count["different"] for name, count in counts.items() if not plans[name].lossy) else 0
 
 
@@ -714,10 +731,15 @@ def known(names: str, flag: str, accepted=EVERY) -> list[str]:
 def writable(path: str | None, flag: str = "--json") -> None:
     """Find out before the hour's work whether the result can be written."""
     if path:
-        if Path(path).exists() and not Path(path).is_file():
+        there = Path(path).exists()
+        if there and not Path(path).is_file():
             raise ValueError(f"{flag} {path}: not a plain file")
-        with open(path, "a"):
-            pass
+        try:
+            open(path, "a").close()
+        except OSError as error:
+            raise ValueError(f"{flag} {path}: cannot be written ({error.strerror})") from None
+        if not there:
+            Path(path).unlink()
 
 
 def write(path: str | Path, report: dict) -> None:
@@ -745,7 +767,9 @@ def command_bench(args) -> int:
         for ids, new in warm_up:
             complete(setup, replace(plans[name], config=replace(configs[name], max_new_tokens=new)), [ids], args)
     partial = Path(f"{args.json}.partial") if args.json else None       # finished prompts, so that an interrupted run goes on
-    key = json.dumps([environment(setup), vars(args), {name: asdict(config) for name, config in configs.items()}, prompts])
+    known_by = {name: asdict(replace(config, verify_cost=())) for name, config in configs.items()}     # prices are measured anew each time
+    read = [os.stat(path).st_mtime for path in (args.corpus, args.store) if path and os.path.exists(path)]
+    key = json.dumps([environment(setup), vars(args), known_by, prompts, read])
     key = hashlib.sha256(key.encode()).hexdigest()
     done = finished(partial, key, args.batch_size) if partial else []
     resumed, began = len(done), time.perf_counter()
@@ -788,6 +812,12 @@ def command_bench(args) -> int:
              for name in exacting}
     lossless = {name: {kind: kinds[name].count(kind) for kind in ("identical", "near_tie", "different")} for name in exacting}
     agreeing = {name: agreement(outputs["ar"], outputs[name]) for name in methods if plans[name].lossy}
+    if args.json:
+        report = {"command": command_line("run.py"), "environment": environment(setup), "warm_start": bool(setup.warm or setup.store), "prompts": len(prompts),
+                  "batch_size": args.batch_size, "config": {name: asdict(config) for name, config in configs.items()}, "methods": table,
+                  "lossless": lossless, "agreement": agreeing}
+        write(args.json, report)
+        partial.unlink()
     width = max(map(len, methods)) + 2
     print(f"{'':{width}}{'all':>22}" + "".join(f"{task:>22.20}" for task in tasks))
     for name in methods:
@@ -796,12 +826,6 @@ def command_bench(args) -> int:
     verdicts = [f"{n}: {c['different']} different" for n, c in lossless.items()]
     verdicts += [f"{n}: lossy, {c['by_position']:.0%} as plain decoding" for n, c in agreeing.items()]
     print("tokens/s, speedup over ar, tokens a round;", ", ".join(verdicts))
-    if args.json:
-        report = {"command": command_line("run.py"), "environment": environment(setup), "warm_start": bool(setup.warm or setup.store), "prompts": len(prompts),
-                  "batch_size": args.batch_size, "config": {name: asdict(config) for name, config in configs.items()}, "methods": table,
-                  "lossless": lossless, "agreement": agreeing}
-        write(args.json, report)
-        partial.unlink()
     return 1 if any(c["different"] for c in lossless.values()) else 0
 
 
@@ -809,7 +833,7 @@ def command_bench(args) -> int:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        say(f"error: {message}")
+        say(f"error: {' '.join(message.split())}")
         sys.exit(2)
 
 
@@ -844,7 +868,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--compile", action=argparse.BooleanOptionalAction, help="decode faster: on a CPU run all layers in C++, which is compiled once in some seconds (float32, or mixed precision; "
         "default: in float32 where there is a compiler); on a GPU fuse small operations, half a minute of every start (default: no)")
     add("--no-graphs", action="store_true", help="on a GPU, launch every kernel instead of replaying CUDA graphs")
-    add("--max-new-tokens", type=int, default=128 if command in ("bench", "verify") else 512)
+    add("--max-new-tokens", type=int, default=128 if command in ("bench", "verify") else 512, help="most tokens of an answer (default: %(default)s)")
     add("--budget", type=int, help=f"most nodes a tree holds below its root (default: as calibrated, else {CPU_BUDGET} on a CPU, {GPU_BUDGET} on a GPU)")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: from all")
@@ -862,8 +886,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv if command == "generate" else argv[1:])
     args.command = command
     args.show_tree = getattr(args, "show_tree", False)
-    if "" in args.stop:
-        parser.error("argument --stop is empty; expected some text")
+    files = [name for name in ("prompts", "corpus", "store", "calibration") if getattr(args, name, None)]
+    for name in ("file", "prompts", "methods", "json", "model", "revision", "draft", "corpus", "store", "calibration"):
+        if getattr(args, name, None) == "":
+            parser.error(f"argument --{name} is empty; leave it out, or say which")
+    for stop in args.stop:
+        if not stop or any("\ud800" <= letter <= "\udfff" for letter in stop):
+            parser.error(f"argument --stop is {stop!r}; expected some text")
+    if isinstance(getattr(args, "json", None), str):
+        for name in files:
+            if os.path.realpath(args.json) == os.path.realpath(getattr(args, name)):
+                parser.error(f"argument --json is {args.json}, which is what --{name} reads; expected another file")
+    if args.revision and not args.model:
+        parser.error(f"argument --revision is {args.revision}, of no model; give --model, or leave it out")
+    if getattr(args, "compare", False) and args.quiet and not args.json:
+        parser.error("argument --compare shows nothing with --quiet; leave out one of them")
+    if [getattr(args, name, None) for name in ("file", "corpus")] == ["-", "-"]:
+        parser.error("arguments --file and --corpus are both standard input; expected at most one")
+    if command in ("bench", "verify") and args.store and not os.path.exists(args.store):
+        parser.error(f"argument --store is {args.store}, which is no file; expected one that a conversation has written")
     if args.budget is not None and args.budget < 1:
         parser.error(f"argument --budget is {args.budget}; expected 1 or more")
     for name in ("limit_per_task", "batch_size", "draft_window"):
@@ -877,9 +918,10 @@ def main(argv: list[str]) -> int:
     sys.stdin = sys.stdin or open(os.devnull)
     try:
         args = parse(argv)
-        return {"generate": command_generate, "chat": command_chat, "bench": command_bench, "verify": command_verify}[args.command](args)
+        code = {"generate": command_generate, "chat": command_chat, "bench": command_bench, "verify": command_verify}[args.command](args)
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:                     # the reader left: not our error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except KeyboardInterrupt:
         say("interrupted")
@@ -892,6 +934,11 @@ def main(argv: list[str]) -> int:
             raise                               # our error
         say(f"error: out of memory; a shorter prompt, fewer --max-new-tokens or a smaller --model need less ({error!r:.160})")
         return 1
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:                         # told already; Python would tell it again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if __name__ == "__main__":

@@ -1935,12 +1935,17 @@ def test_a_model_that_no_compiled_layer_takes_is_told(monkeypatch, capsys):
 
 
 def test_an_interrupted_bench_goes_on_where_it_was(tmp_path):
-    partial = tmp_path / "out.json.partial"
-    assert run.finished(partial, "key", 1) == []
+    partial, key, other = tmp_path / "out.json.partial", "0a" * 32, "1b" * 32
+    assert run.finished(partial, key, 1) == []
     partial.write_text(partial.read_text() + '{"a": 1}\n{"a": 2}\n{"a"')
-    assert run.finished(partial, "key", 1) == [{"a": 1}, {"a": 2}] == run.finished(partial, "key", 2)
-    assert run.finished(partial, "key", 3) == [] == run.finished(partial, "key", 1)       # of a batch that is not whole, nothing is kept
-    assert run.finished(partial, "other settings", 1) == [] == run.finished(partial, "key", 1)
+    assert run.finished(partial, key, 1) == [{"a": 1}, {"a": 2}] == run.finished(partial, key, 2)
+    assert run.finished(partial, key, 3) == [] == run.finished(partial, key, 1)           # of a batch that is not whole, nothing is kept
+    assert run.finished(partial, other, 1) == [] == run.finished(partial, key, 1)
+    for content in (b"mine", b"\xff\n"):
+        partial.write_bytes(content)
+        with pytest.raises(ValueError, match="in the way"):
+            run.finished(partial, key, 1)
+        assert partial.read_bytes() == content
 
 
 def test_bench_writes_its_table(tmp_path):

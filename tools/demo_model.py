@@ -119,7 +119,10 @@ def convert(gguf: Path, out: Path) -> None:
     from gguf import GGUFReader, dequantize
     from safetensors.torch import save_file
 
-    reader = GGUFReader(gguf)
+    try:
+        reader = GGUFReader(gguf)
+    except (ValueError, IndexError, OSError) as error:
+        raise ValueError(f"{gguf}: not a GGUF file ({error})") from None
     field = lambda name: reader.fields[name].contents()
     heads, kv_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
     names = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",

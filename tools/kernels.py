@@ -40,7 +40,11 @@ class Weights(ctypes.Structure):
 
 def compiler() -> list[str]:
     """Its command."""
-    return shlex.split(os.environ.get("CXX") or "g++")
+    command = os.environ.get("CXX", "").strip() or "g++"
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"CXX is {command!r}, which is no command ({error})") from None
 
 
 def library() -> ctypes.CDLL:
@@ -79,7 +83,7 @@ def _library(command: tuple[str, ...], kept: Path) -> ctypes.CDLL:
 def instructions() -> str:
     """What the library was compiled for."""
     capability = torch.backends.cpu.get_cpu_capability()
-    return "avx512" if NUMBER.in_dll(library(), "block_size").value == 32 else "avx2" if "AVX" in capability[:3] else capability.lower().replace(" ", "-")
+    return "avx512" if NUMBER.in_dll(library(), "block_size").value == 32 else "avx2" if capability.startswith("AVX") else capability.lower().replace(" ", "-")
 
 
 class Blocks:

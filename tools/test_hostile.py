@@ -430,8 +430,9 @@ def test_a_full_disk_harms_nothing(command, tmp_path, monkeypatch):
     assert out.read_bytes() == earlier and store.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.json", "out.json.partial", "p.jsonl", "store"]
     assert one_line(command(*bench, "/dev/full")[2], "--json /dev/full")
-    assert one_line(command("x", "--store", "/dev/full")[2], "/dev/full: not a store")
-    assert one_line(command("x", "--store", str(tmp_path / "gone" / "s"), "--quiet")[2], "could not be written")
+    for name, words in (("/dev/full", "not a plain file"), (str(tmp_path / "gone" / "s"), "cannot be written")):   # and no text before
+        code, text, error = command("x", "--store", name, "--quiet")
+        assert code == 1 and not text and one_line(error, f"--store {name}", words)
     monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
     assert command("x")[0] == 1
 
@@ -460,6 +461,48 @@ def test_what_cannot_take_the_result_is_told_before_the_work(command, tmp_path):
         assert code == 1 and not out and one_line(error, "not a plain file")
 
 
+@pytest.mark.parametrize("arguments, words", [
+    (("x", "--model", ""), "--model"), (("x", "--store", ""), "--store"), (("bench", "--prompts", "p", "--json", ""), "--json"), (("x", "--stop", "\udcff"), "--stop"),
+    (("bench", "--prompts", "p", "--json", "./p"), "which is what --prompts reads"), (("x", "--revision", "main"), "--revision"), (("x", "--compare", "--quiet"), "--compare"),
+    (("--file", "-", "--corpus", "-"), "both standard input"), (("verify", "--prompts", "p", "--store", "gone"), "--store"), (("x", "y\nz"), "y z")])
+def test_what_cannot_be_meant_is_refused(arguments, words, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run.main(list(arguments))
+    assert exit.value.code == 2 and one_line(capsys.readouterr().err, words)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("x", "--draft-window", "9"), "--draft-window"), (("x", "--store", "nowhere/s"), "nowhere/s"), (("chat", "--no-chat"), "--no-chat"),
+    (("x", "--temperature", "1e-320"), "temperature"), (("bench", "--methods", "graft,universal", "--draft", "d"), "two runs"), (("bench", "--methods", "ar"), "line 1")])
+def test_what_cannot_be_done_is_told(arguments, words, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p").write_text('{"id": 1, "task": "t", "turns": "no list"}' if words == "line 1" else '\ufeff{"id": 1, "task": "t", "turns": ["hi"]}', encoding="utf-8")
+    code, out, error = command(*arguments, *(("--prompts", "p") if arguments[0] == "bench" else ()))
+    assert code == 1 and not out and one_line(error, words)
+
+
+@pytest.mark.parametrize("report", [
+    {"environment": [1], "methods": {}}, {"methods": {"graft": {"config": {"temperature": 1.5, "budget": 3}}}}, {"methods": {"graft": {"config": {"depth": 3}}}},
+    {"methods": {"graft": {"config": {"budget": 3, "depth": "deep"}}}}])
+def test_a_calibration_says_what_calibrate_says_and_no_more(report, command, tmp_path):
+    (tmp_path / "c").write_text(json.dumps(report))
+    code, out, error = command("x", "--calibration", str(tmp_path / "c"))
+    assert code == 1 and not out and one_line(error, "calibration")
+
+
+def test_a_device_that_holds_no_numbers_is_none():
+    with pytest.raises(ValueError, match="--device is 'meta'"):
+        run.choose_device("meta")
+
+
+def test_finding_out_whether_a_file_can_be_written_leaves_none(tmp_path):
+    run.writable(str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").write_text("kept")
+    run.writable(str(tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "kept"
+
+
 def test_a_corpus_is_not_kept_in_the_store(command, tmp_path):
     (tmp_path / "corpus").write_text("z" * 50)
     for size in (1, 2):
@@ -478,7 +521,8 @@ def test_a_store_of_other_tensors_is_refused(tmp_path):
 
 def process(folder, *arguments, **kwargs) -> subprocess.Popen:
     words = [sys.executable, str(ROOT / "run.py"), *arguments, "--model", str(folder), "--dtype", "float32"]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}       # what is written may wait to the end
+    return subprocess.Popen(words, **dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) | kwargs)
 
 
 @pytest.mark.parametrize("arguments, words", [(("--file", "-"), "the prompt is empty"), (("chat",), "ends the conversation")])
@@ -498,6 +542,17 @@ def test_a_reader_that_leaves_is_no_error(folder):
     assert len(reader.stdout.read(1)) == 1
     reader.stdout.close()
     assert reader.wait(60) == 0 and reader.stderr.read() == ""
+
+
+def test_a_reader_that_left_before_the_end_is_no_error_and_a_full_disk_is_one(folder, tmp_path):
+    (tmp_path / "p").write_text(json.dumps({"id": 1, "task": "t", "turns": ["hi"]}))
+    words = "verify", "--prompts", str(tmp_path / "p"), "--methods", "retrieve", "--max-new-tokens", "2"
+    reader = process(folder, *words)
+    reader.stdout.close()
+    assert reader.wait(60) == 0 and "Error" not in reader.stderr.read()
+    with open("/dev/full", "w") as full:
+        writer = process(folder, *words, stdout=full)
+        assert writer.wait(60) == 1 and writer.stderr.read().splitlines()[-1].startswith("error: ")
 
 
 # -------------------------------------------------------------------------------------------------------------- Ctrl-C
