@@ -886,17 +886,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv if command == "generate" else argv[1:])
     args.command = command
     args.show_tree = getattr(args, "show_tree", False)
-    files = [name for name in ("prompts", "corpus", "store", "calibration") if getattr(args, name, None)]
     for name in ("file", "prompts", "methods", "json", "model", "revision", "draft", "corpus", "store", "calibration"):
         if getattr(args, name, None) == "":
             parser.error(f"argument --{name} is empty; leave it out, or say which")
     for stop in args.stop:
         if not stop or any("\ud800" <= letter <= "\udfff" for letter in stop):
             parser.error(f"argument --stop is {stop!r}; expected some text")
-    if isinstance(getattr(args, "json", None), str):
-        for name in files:
-            if os.path.realpath(args.json) == os.path.realpath(getattr(args, name)):
-                parser.error(f"argument --json is {args.json}, which is what --{name} reads; expected another file")
+    for name in ("prompts", "corpus", "store", "calibration") if isinstance(getattr(args, "json", None), str) else ():
+        if getattr(args, name) and os.path.realpath(args.json) == os.path.realpath(getattr(args, name)):
+            parser.error(f"argument --json is {args.json}, which is what --{name} reads; expected another file")
     if args.revision and not args.model:
         parser.error(f"argument --revision is {args.revision}, of no model; give --model, or leave it out")
     if getattr(args, "compare", False) and args.quiet and not args.json:
