@@ -1191,6 +1191,13 @@ def load_draft(folder: str | Path, target: Model) -> Eagle3 | Model:
     config, want = ModelConfig.read(Path(folder)), target.config.vocab_size
     if config.vocab_size != want:
         raise CheckpointError(f"{path}: field 'vocab_size' is {config.vocab_size}, but the target's is {want}: a draft model needs the target's vocabulary")
-    draft = load_model(folder, dtype=target.dtype, device=target.device, mixed=target.mixed and mixes(config, target.device), products=target.products)
-    draft.graphs, draft.compiled = target.graphs, target.compiled
-    return draft
+    return load_beside(folder, target)
+
+
+def load_beside(folder: str | Path, target: Model) -> Model:
+    """Load another model that runs as `target` does: its dtype, device, products and graphs, and mixed where it is and both can be. Raises
+    CheckpointError."""
+    mixed = target.mixed and mixes(ModelConfig.read(Path(folder)), target.device)
+    model = load_model(folder, dtype=target.dtype, device=target.device, mixed=mixed, products=target.products)
+    model.graphs, model.compiled = target.graphs, target.compiled
+    return model

@@ -29,7 +29,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 
 sys.path += [str(Path(__file__).resolve().parent / folder) for folder in ("tools", "variants")]
-from demo_model import command_line, demo_model  # noqa: E402
+from demo_model import at_least, command_line, demo_model  # noqa: E402
 from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, Stats, measure_cost, run_rounds, tune  # noqa: E402
 from kernels import compiler, instructions, kernels, products  # noqa: E402
 from model import CheckpointError, Model, fetch_checkpoint, load_draft, load_model, read_json  # noqa: E402
@@ -850,9 +850,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if command in ("bench", "verify"):
         add("--prompts", required=True, help="JSON lines with id, task and turns (the first turn is used)")
         add("--methods", help=f"some of {','.join(EVERY)} (default: {'ar,retrieve' if command == 'bench' else 'the best there is'})")
-        add("--limit-per-task", type=int, help="at most this many prompts a task")
+        add("--limit-per-task", type=at_least(1), help="at most this many prompts a task")
         if command == "bench":
-            add("--batch-size", type=int, default=1, help="prompts that are continued side by side")
+            add("--batch-size", type=at_least(1), default=1, help="prompts that are continued side by side")
         add("--json", metavar="OUT", help="write the result here")
     else:
         add("--method", choices=[*METHODS, *VARIANTS], metavar="METHOD", help=f"one of {', '.join([*METHODS, *VARIANTS])} (default: graft with a draft head, else retrieve)")
@@ -861,7 +861,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--model", help="folder or Hub id (default: the demo model)")
     add("--revision", help="of a Hub model")
     add("--draft", help="EAGLE-3 head, a smaller model (of any vocabulary for `universal`), or a DFlash drafter for `dflash`: folder or Hub id")
-    add("--draft-window", type=int, metavar="N", help="let the head see the last N to 2 N tokens only (default: all)")
+    add("--draft-window", type=at_least(1), metavar="N", help="let the head see the last N to 2 N tokens only (default: all)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", default="auto", choices=("auto", "mixed", "bfloat16", "float16", "float32", "float64"),
         help="mixed, on a CPU: prompts in bfloat16, all else in float32: exact and faster with a small model, but starts a second later")
@@ -869,7 +869,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "default: in float32 where there is a compiler); on a GPU fuse small operations, half a minute of every start (default: no)")
     add("--no-graphs", action="store_true", help="on a GPU, launch every kernel instead of replaying CUDA graphs")
     add("--max-new-tokens", type=int, default=128 if command in ("bench", "verify") else 512, help="most tokens of an answer (default: %(default)s)")
-    add("--budget", type=int, help=f"most nodes a tree holds below its root (default: as calibrated, else {CPU_BUDGET} on a CPU, {GPU_BUDGET} on a GPU)")
+    add("--budget", type=at_least(1), help=f"most nodes a tree holds below its root (default: as calibrated, else {CPU_BUDGET} on a CPU, {GPU_BUDGET} on a GPU)")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: from all")
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that make up this probability")
@@ -903,11 +903,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("arguments --file and --corpus are both standard input; expected at most one")
     if command in ("bench", "verify") and args.store and not os.path.exists(args.store):
         parser.error(f"argument --store is {args.store}, which is no file; expected one that a conversation has written")
-    if args.budget is not None and args.budget < 1:
-        parser.error(f"argument --budget is {args.budget}; expected 1 or more")
-    for name in ("limit_per_task", "batch_size", "draft_window"):
-        if getattr(args, name, None) is not None and getattr(args, name) < 1:
-            parser.error(f"argument --{name.replace('_', '-')} is {getattr(args, name)}; expected 1 or more")
     return args
 
 

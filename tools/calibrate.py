@@ -67,6 +67,8 @@ def median_ms(runs: dict, repeats: int) -> dict:
 def measure(setup: run.Setup, length: int, repeats: int) -> tuple[list[float], float, list[float]]:
     """t(n) for n = 0 to 60 nodes behind `length` committed tokens, t_observe, and t_head of 1 to TOP_K nodes, in milliseconds."""
     model, state = setup.model, setup.state()
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)          # which the clocks here and in gap.py wait for
     state.cache.reserve(length + WIDEST + 1)
     state.cache.length = length
     taps = state.drafter.taps if state.drafter else ()
@@ -323,8 +325,6 @@ def main() -> None:
     options = run.parse(["calibrating", "--dtype", args.dtype, *run.flag("compile", args.compile), *given])
     setup = run.set_up(options, calibrated=False)                    # or an earlier calibration would decide on this one
     setup.tuned = dict.fromkeys(("retrieve", "graft"), tune(setup.model, BUDGET))
-    if setup.model.device.type == "cuda":
-        torch.cuda.set_device(setup.model.device)
     prompts = [setup.ask(p["text"]) for p in run.read_prompts(args.prompts, None)]
     t, observe, head = measure(setup, args.length, args.repeats)
     print("t(n), ms:", {n: round(t[n], 1) for n in (0, 3, 7, 15, 31, 60)}, f"observe {observe:.2f}, head step of 1, 2, ... nodes", [round(x, 2) for x in head])

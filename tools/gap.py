@@ -131,8 +131,6 @@ def main() -> None:
     options = ["--dtype", args.dtype, *(["--device", args.device] if args.device else []), *run.flag("compile", args.compile)]
     seen = first_use(5, options)       # before this process grows: Linux counts a parent's memory at the start towards its child's peak
     setup = run.set_up(run.parse(["x", "--max-new-tokens", "96", *options]))
-    if setup.model.device.type == "cuda":
-        torch.cuda.set_device(setup.model.device)
     t, observe, head = measure(setup, 256, args.repeats)
     bare = {n: products(setup.model, n, args.repeats) for n in (1, 8, 16, 32)}
     report = {"command": command_line("tools/gap.py"), "environment": run.environment(setup), "floor": floor(setup.model, t),

@@ -150,9 +150,9 @@ def train(args) -> None:
             mask, d2t = state["mask"], state["net"]["d2t"]
             ids = d2t + torch.arange(len(d2t), device=args.device)
         else:
-            counts = sum(torch.bincount(safe_open(path, "pt").get_tensor("tokens").long(), minlength=target.config.vocab_size) for path in shards[1:])
-            held_out = torch.bincount(safe_open(shards[0], "pt").get_tensor("tokens").long(), minlength=len(counts))
-            mask = int((counts + held_out).argmin())                                 # a token that the text does not use, held out or not
+            held_out, *others = (torch.bincount(safe_open(path, "pt").get_tensor("tokens").long(), minlength=target.config.vocab_size) for path in shards)
+            counts = sum(others)
+            mask = int((counts + held_out).argmin())                               # a token that the text does not use, held out or not
             ids = counts.argsort(descending=True, stable=True)[:args.vocab].sort().values.to(args.device)
         net = new_net(target, default_taps(L), args.layers, args.block, mask, ids)
     net = net.float().to(args.device).requires_grad_()

@@ -31,7 +31,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from kernels import kernels  # noqa: E402
-from model import KVCache, Model, ModelConfig, NoCache, checkpoint_layout, fetch_checkpoint, load_model, unstacked  # noqa: E402
+from model import KVCache, Model, ModelConfig, NoCache, checkpoint_layout, fetch_checkpoint, load_beside, unstacked  # noqa: E402
 from retrieval import Branch  # noqa: E402
 from tree import DRAFT, Tree  # noqa: E402
 
@@ -224,9 +224,7 @@ def shared(a: list[int], b: list[int]) -> int:
 def prepare(setup, method: str):
     """The fields of a Plan; `--draft` names the draft model. Raises CheckpointError and ValueError, which say what is wrong with it."""
     folder = fetch_checkpoint(setup.draft or str(DEMO_DRAFT))
-    text, model = type(setup.text)(folder), load_model(folder, dtype=setup.model.dtype, device=setup.model.device, mixed=setup.model.mixed,
-                                                            products=setup.model.products)
-    model.graphs, model.compiled = setup.model.graphs, setup.model.compiled
+    text, model = type(setup.text)(folder), load_beside(folder, setup.model)
     model.kernels = kernels(model) if setup.model.kernels else None
     text.check(model)
     translator = Translator(ByteTokenizer(text.tokenizer, folder), ByteTokenizer(setup.text.tokenizer, "the target"), model.config.vocab_size)
