@@ -60,23 +60,30 @@ static inline void block(const float *x, int64_t apart, int64_t inputs, float *y
             store(y + r * stride + i * LANES, sums[r][i]);
 }
 
-// The same for any number of rows, in equal parts whose sums stay in registers.
+// Numbers wanted soon, and which of so many shares of them is to be asked for now.
+struct Soon {
+    const float *from;
+    int64_t count, share, shares;
+};
+
+// The same for any number of rows, in equal parts whose sums stay in registers. Before each a part of what is wanted soon is asked for: memory
+// would rest while the same weights meet the other rows.
 template <bool ADD, int W = 2, class Weights>
-static inline void blocks(const float *x, int64_t apart, int64_t inputs, float *y, int64_t stride, int64_t rows, Weights weights) {
+static inline void blocks(const float *x, int64_t apart, int64_t inputs, float *y, int64_t stride, int64_t rows, Weights weights, Soon soon = {nullptr, 0, 0, 1}) {
     constexpr int64_t most = 2 * ROWS / W;
-    const int64_t parts = (rows + most - 1) / most;
+    const int64_t parts = (rows + most - 1) / most, shares = parts * soon.shares;
     for (int64_t part = 0; part < parts; part++) {
-        const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
+        const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts, share = parts * soon.share + part;
+        for (int64_t i = soon.count * share / shares; i < soon.count * (share + 1) / shares; i += 16)
+            __builtin_prefetch(soon.from + i);
         with_constant<most>(end - begin, [&](auto r) { block<ADD, W, r>(x + begin * apart, apart, inputs, y + begin * stride, stride, weights); });
     }
 }
 
-// For `blocks`: W registers of each row of numbers, `apart` from each other; with EARLY the memory is asked for those so many rows on.
-template <int W, int64_t EARLY = 0>
+// For `blocks`: W registers of each row of numbers, `apart` from each other.
+template <int W>
 static inline auto registers(const float *from, int64_t apart) {
     return [from, apart](int64_t k, Floats *some) {
-        if constexpr (EARLY > 0)
-            __builtin_prefetch(from + (k + EARLY) * apart);
         for (int i = 0; i < W; i++)
             some[i] = load(from + k * apart + i * LANES);
     };
@@ -86,17 +93,27 @@ extern "C" const int64_t block_size = BLOCK;
 
 // x [rows][inputs], y [rows][outputs]; outputs is a multiple of BLOCK. A few rows of a small model wait for W to arrive from memory, and a CPU's own
 // prefetching stops at each page: here W is asked for AHEAD words early. It comes as words [outputs / BLOCK][inputs][LANES], the weights of an output in
-// their low halves and of the LANES-th after it in their high ones, so that it is read from front to back, once for up to ROWS rows.
-extern "C" void product(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs, int64_t threads) {
+// their low halves and of the LANES-th after it in their high ones, so that it is read from front to back, once for up to ROWS rows. Where rows take a few
+// TURNS over a block, memory would rest in all but the first: in each a share of the next block is asked for.
+template <int TURNS>
+static void multiply(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs, int64_t threads) {
     #pragma omp parallel for schedule(guided) num_threads(threads)
     for (int64_t o = 0; o < outputs; o += BLOCK)
-        blocks<false>(x, inputs, inputs, y + o, outputs, rows, [own = w + o / 2 * inputs](int64_t k, Floats *some) {
-            Words pairs;
-            __builtin_prefetch(own + k * LANES + AHEAD);
-            std::memcpy(&pairs, own + k * LANES, sizeof pairs);
-            some[0] = (Floats)(pairs << 16);
-            some[1] = (Floats)(pairs & 0xffff0000);
-        });
+        for (int64_t turn = 0; turn < TURNS; turn++) {
+            const uint32_t *own = w + o / 2 * inputs;
+            const int64_t begin = rows * turn / TURNS, end = rows * (turn + 1) / TURNS, ahead = TURNS == 1 ? AHEAD : (TURNS + turn) * inputs * LANES / TURNS;
+            blocks<false>(x + begin * inputs, inputs, inputs, y + begin * outputs + o, outputs, end - begin, [own, ahead](int64_t k, Floats *some) {
+                Words pairs;
+                __builtin_prefetch(own + k * LANES + ahead - k * (LANES - LANES / TURNS));
+                std::memcpy(&pairs, own + k * LANES, sizeof pairs);
+                some[0] = (Floats)(pairs << 16);
+                some[1] = (Floats)(pairs & 0xffff0000);
+            });
+        }
+}
+
+extern "C" void product(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs, int64_t threads) {
+    (rows > ROWS && rows <= 2 * ROWS ? multiply<2> : multiply<1>)(w, x, y, rows, inputs, outputs, threads);
 }
 
 // ----------------------------------------------------------------------------------------------------- small operations
@@ -217,16 +234,15 @@ struct Call {
 };
 
 constexpr int64_t MANY = 96, PANEL = 512, TILE = 64;   // rows, columns, and columns whose values stay nearest
+constexpr int64_t STRIDE = PANEL + 16;                 // of scores: rows a power of two apart would drive each other out of the cache
 
 // Up to LANES rows of d numbers, what lacks being 0 -> [d][LANES], rows BLOCK apart: squares of registers are riffled until they are transposed.
 static void transpose(const float *from, int64_t rows, int64_t d, float *to) {
     int64_t i = 0;
     for (; rows >= LANES && i + LANES <= d; i += LANES) {
         Floats some[LANES], next[LANES];
-        for (int64_t r = 0; r < LANES; r++) {
-            __builtin_prefetch(from + (r + 2 * BLOCK) * d + i);
+        for (int64_t r = 0; r < LANES; r++)
             some[r] = load(from + r * d + i);
-        }
         const auto riffle = [&](Ints low, Ints high) {
             for (int64_t r = 0; r < LANES / 2; r++) {
                 next[2 * r] = __builtin_shuffle(some[r], some[r + LANES / 2], low);
@@ -267,10 +283,10 @@ static float soften(float *scores, int64_t count, float &highest) {
 }
 
 // Up to MANY rows of queries [rows][d], of these tokens, over one head's keys and values [m][d]. `scores` has room for them,
-// [rows][PANEL], and behind them for BLOCK keys turned round, [d][BLOCK], and sums of values, [rows][d].
+// [rows][STRIDE], and behind them for BLOCK keys turned round, [d][BLOCK], and sums of values, [rows][d].
 static void attend(const Call &a, int64_t rows, const int64_t *tokens, const float *queries, const bool *mask, const float *keys, const float *values,
                    float *const *to, float *scores) {
-    float highest[MANY], by[MANY], *turned = scores + rows * PANEL, *sums = turned + a.d * BLOCK;
+    float highest[MANY], by[MANY], *turned = scores + rows * STRIDE, *sums = turned + a.d * BLOCK;
     int64_t seen[MANY], most = 0;                                             // columns: of a row, of all
     for (int64_t r = 0; r < rows; r++) {
         most = std::max(most, seen[r] = a.causal ? a.m - a.n + tokens[r] + 1 : a.m);
@@ -283,10 +299,10 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
         for (int64_t c = 0; c < width; c += BLOCK) {
             transpose(keys + (begin + c) * a.d, width - c, a.d, turned);
             transpose(keys + (begin + c + LANES) * a.d, width - c - LANES, a.d, turned + LANES);
-            blocks<false>(queries, a.d, a.d, scores + c, PANEL, rows, registers<2>(turned, BLOCK));
+            blocks<false>(queries, a.d, a.d, scores + c, STRIDE, rows, registers<2>(turned, BLOCK), {keys + (begin + c + BLOCK) * a.d, BLOCK * a.d, 0, 1});
         }
         for (int64_t r = 0; r < rows; r++) {
-            float *own = scores + r * PANEL;
+            float *own = scores + r * STRIDE;
             std::fill(own + std::clamp<int64_t>(seen[r] - begin, 0, width), own + whole, -INFINITY);
             for (int64_t c = std::max<int64_t>(masked, 0); a.w && c < width; c++)
                 if (!mask[tokens[r] * a.w + c - masked])
@@ -302,7 +318,7 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
             int64_t i = 0;
             const auto mix = [&](auto w) {
                 for (; i + w * LANES <= a.d; i += w * LANES)
-                    blocks<true, w>(scores + c, PANEL, count, sums + i, a.d, rows, registers<w, TILE>(own + i, a.d));
+                    blocks<true, w>(scores + c, STRIDE, count, sums + i, a.d, rows, registers<w>(own + i, a.d), {own + TILE * a.d, TILE * a.d, i / (w * LANES), a.d / (w * LANES)});
             };
             if (rows <= 2 * ROWS / 4)                                         // few: with more sums at a time none waits for the one before
                 mix(std::integral_constant<int, 4>());
@@ -310,7 +326,7 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
             for (int64_t r = 0; r < rows; r++)
                 for (int64_t k = 0; k < count; k++)
                     for (int64_t rest = i; rest < a.d; rest++)
-                        sums[r * a.d + rest] += scores[r * PANEL + c + k] * own[k * a.d + rest];
+                        sums[r * a.d + rest] += scores[r * STRIDE + c + k] * own[k * a.d + rest];
         }
     }
     for (int64_t r = 0; r < rows; r++)
@@ -367,7 +383,7 @@ static void read(const Call &a, const float *queries, const float *kept, const b
     #pragma omp parallel for schedule(dynamic) num_threads(a.threads)
     for (int64_t part = (all - 1) / share; part >= 0; part--) {               // of a prompt those first that see most
         thread_local std::vector<Floats> room;
-        room.resize((MANY * (PANEL + a.d) + BLOCK * a.d + LANES - 1) / LANES);
+        room.resize((MANY * (STRIDE + a.d) + BLOCK * a.d + LANES - 1) / LANES);
         for (int64_t row = share * part, end = std::min(row + share, all); row < end;) {
             const int64_t head = row / own, count = std::min({MANY, end - row, (head + 1) * own - row});
             float *out[MANY];
