@@ -282,10 +282,11 @@ static float soften(float *scores, int64_t count, float &highest) {
     return sum(sums);
 }
 
-// Up to MANY rows of queries [rows][d], of these tokens, over one head's keys and values [m][d]. `scores` has room for them,
+// Up to MANY rows of queries [rows][d], of these tokens, over the columns from `start` to `stop` of one head's keys and values [m][d] -> to, rows of d, and,
+// where they are wanted, `weights` [rows][2]: the highest score and the sum of all e^(score - highest). `scores` has room for them,
 // [rows][STRIDE], and behind them for BLOCK keys turned round, [d][BLOCK], and sums of values, [rows][d].
 static void attend(const Call &a, int64_t rows, const int64_t *tokens, const float *queries, const bool *mask, const float *keys, const float *values,
-                   float *const *to, float *scores) {
+                   int64_t start, int64_t stop, float *const *to, float *weights, float *scores) {
     float highest[MANY], by[MANY], *turned = scores + rows * STRIDE, *sums = turned + a.d * BLOCK;
     int64_t seen[MANY], most = 0;                                             // columns: of a row, of all
     for (int64_t r = 0; r < rows; r++) {
@@ -294,7 +295,8 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
         by[r] = 0;
     }
     std::fill_n(sums, rows * a.d, 0.0f);
-    for (int64_t begin = 0; begin < most; begin += PANEL) {
+    most = std::min(most, stop);
+    for (int64_t begin = start; begin < most; begin += PANEL) {
         const int64_t width = std::min(PANEL, most - begin), whole = (width + BLOCK - 1) / BLOCK * BLOCK, masked = a.m - a.w - begin;
         for (int64_t c = 0; c < width; c += BLOCK) {
             transpose(keys + (begin + c) * a.d, width - c, a.d, turned);
@@ -309,7 +311,7 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
                     own[c] = -INFINITY;
             const float before = highest[r], added = soften(own, whole, highest[r]), scale = std::exp(before - highest[r]);
             by[r] = by[r] * scale + added;
-            for (int64_t i = 0; begin && i < a.d; i++)
+            for (int64_t i = 0; begin > start && i < a.d; i++)
                 sums[r * a.d + i] *= scale;
         }
         for (int64_t c = 0; c < width; c += TILE) {
@@ -332,6 +334,10 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
     for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < a.d; i++)
             to[r][i] = sums[r * a.d + i] / by[r];
+    for (int64_t r = 0; weights && r < rows; r++) {
+        weights[2 * r] = highest[r];
+        weights[2 * r + 1] = by[r];
+    }
 }
 
 // Positions [n] times frequencies inverse [d / 2] -> cos and sin [n][d / 2].
@@ -377,26 +383,49 @@ static void turn(const Call &a, const float *rows, const float *cos, const float
         }
 }
 
-// Attention of queries [k][n - first][h / k][d], under mask [n][w] -> to [n - first][h d].
+// Attention of queries [k][n - first][h / k][d], under mask [n][w] -> to [n - first][h d]. Threads share the rows, or, of few rows and many columns, the
+// columns in spans, so that each is read once; what a row finds in its spans is weighed then.
 static void read(const Call &a, const float *queries, const float *kept, const bool *mask, int64_t first, float *to) {
-    const int64_t group = a.h / a.k, own = group * (a.n - first), all = a.k * own, share = std::min(MANY, (all + a.threads - 1) / a.threads);
+    const int64_t group = a.h / a.k, own = group * (a.n - first), all = a.k * own, panels = a.m / PANEL;
+    const int64_t spans = own <= MANY && panels > 1 ? std::min(a.threads, panels) : 1;
+    const int64_t share = spans > 1 ? own : std::min(MANY, (all + a.threads - 1) / a.threads), parts = (all + share - 1) / share;
+    thread_local std::vector<float> room;
+    room.resize(spans > 1 ? spans * all * (a.d + 2) : 0);
+    float *const found = room.data(), *const weights = found + spans * all * a.d;
+    const auto place = [&](int64_t row) { return to + ((row % own / group) * a.h + row / own * group + row % group) * a.d; };
     #pragma omp parallel for schedule(dynamic) num_threads(a.threads)
-    for (int64_t part = (all - 1) / share; part >= 0; part--) {               // of a prompt those first that see most
-        thread_local std::vector<Floats> room;
-        room.resize((MANY * (STRIDE + a.d) + BLOCK * a.d + LANES - 1) / LANES);
+    for (int64_t item = parts * spans - 1; item >= 0; item--) {               // of a prompt those first that see most
+        const int64_t part = item / spans, span = item % spans, start = panels * span / spans * PANEL;
+        const int64_t stop = span == spans - 1 ? a.m : panels * (span + 1) / spans * PANEL;
+        thread_local std::vector<Floats> scores;
+        scores.resize((MANY * (STRIDE + a.d) + BLOCK * a.d + LANES - 1) / LANES);
         for (int64_t row = share * part, end = std::min(row + share, all); row < end;) {
-            const int64_t head = row / own, count = std::min({MANY, end - row, (head + 1) * own - row});
+            const int64_t head = row / own, count = std::min({MANY, end - row, (head + 1) * own - row}), at = span * all + row;
             float *out[MANY];
             int64_t tokens[MANY];
             for (int64_t r = 0; r < count; r++) {
-                const int64_t token = (row + r) % own / group;
-                tokens[r] = first + token;
-                out[r] = to + (token * a.h + head * group + (row + r) % group) * a.d;
+                tokens[r] = first + (row + r) % own / group;
+                out[r] = spans > 1 ? found + (at + r) * a.d : place(row + r);
             }
             const float *keys = kept + head * a.capacity * a.d, *values = keys + a.k * a.capacity * a.d;
-            attend(a, count, tokens, queries + row * a.d, mask, keys, values, out, (float *)room.data());
+            attend(a, count, tokens, queries + row * a.d, mask, keys, values, start, stop, out, spans > 1 ? weights + 2 * at : nullptr, (float *)scores.data());
             row += count;
         }
+    }
+    for (int64_t row = 0; spans > 1 && row < all; row++) {
+        float highest = std::numeric_limits<float>::lowest(), by = 0, *out = place(row);
+        for (int64_t span = 0; span < spans; span++)
+            highest = std::max(highest, weights[2 * (span * all + row)]);
+        std::fill_n(out, a.d, 0.0f);
+        for (int64_t span = 0; span < spans; span++) {
+            const int64_t at = span * all + row;
+            const float weight = weights[2 * at + 1] * std::exp(weights[2 * at] - highest);
+            by += weight;
+            for (int64_t i = 0; weight != 0 && i < a.d; i++)                   // a span whose columns are all masked has found no number
+                out[i] += found[at * a.d + i] * weight;
+        }
+        for (int64_t i = 0; i < a.d; i++)
+            out[i] /= by;
     }
 }
 
