@@ -48,6 +48,7 @@ static inline void block(const float *x, int64_t apart, int64_t inputs, float *y
     for (int r = 0; ADD && r < R; r++)
         for (int i = 0; i < W; i++)
             sums[r][i] = load(y + r * stride + i * LANES);
+    #pragma GCC unroll 2
     for (int64_t k = 0; k < inputs; k++) {
         Floats some[W];
         weights(k, some);
