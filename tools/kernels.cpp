@@ -63,19 +63,19 @@ static inline void block(const float *x, int64_t apart, int64_t inputs, float *y
 
 // Numbers wanted soon, and which of so many shares of them is to be asked for now.
 struct Soon {
-    const float *from;
-    int64_t count, share, shares;
+    const float *from = nullptr;
+    int64_t count = 0, share = 0, shares = 1;
 };
 
 // The same for any number of rows, in equal parts whose sums stay in registers. Before each a part of what is wanted soon is asked for: memory
 // would rest while the same weights meet the other rows.
 template <bool ADD, int W = 2, class Weights>
-static inline void blocks(const float *x, int64_t apart, int64_t inputs, float *y, int64_t stride, int64_t rows, Weights weights, Soon soon = {nullptr, 0, 0, 1}) {
+static inline void blocks(const float *x, int64_t apart, int64_t inputs, float *y, int64_t stride, int64_t rows, Weights weights, Soon soon = {}) {
     constexpr int64_t most = 2 * ROWS / W;
     const int64_t parts = (rows + most - 1) / most, shares = parts * soon.shares;
     for (int64_t part = 0; part < parts; part++) {
         const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts, share = parts * soon.share + part;
-        for (int64_t i = soon.count * share / shares; i < soon.count * (share + 1) / shares; i += 16)
+        for (int64_t i = soon.count * share / shares; i < soon.count * (share + 1) / shares; i += 16)      // a line of the cache
             __builtin_prefetch(soon.from + i);
         with_constant<most>(end - begin, [&](auto r) { block<ADD, W, r>(x + begin * apart, apart, inputs, y + begin * stride, stride, weights); });
     }
@@ -94,8 +94,8 @@ extern "C" const int64_t block_size = BLOCK;
 
 // x [rows][inputs], y [rows][outputs]; outputs is a multiple of BLOCK. A few rows of a small model wait for W to arrive from memory, and a CPU's own
 // prefetching stops at each page: here W is asked for AHEAD words early. It comes as words [outputs / BLOCK][inputs][LANES], the weights of an output in
-// their low halves and of the LANES-th after it in their high ones, so that it is read from front to back, once for up to ROWS rows. Where rows take a few
-// TURNS over a block, memory would rest in all but the first: in each a share of the next block is asked for.
+// their low halves and of the LANES-th after it in their high ones, so that it is read from front to back, once for up to ROWS rows. Where rows take two
+// TURNS over a block, memory would rest in the second: in each, half of the next block is asked for.
 template <int TURNS>
 static void multiply(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs, int64_t threads) {
     #pragma omp parallel for schedule(guided) num_threads(threads)
@@ -105,7 +105,7 @@ static void multiply(const uint32_t *w, const float *x, float *y, int64_t rows, 
             const int64_t begin = rows * turn / TURNS, end = rows * (turn + 1) / TURNS, ahead = TURNS == 1 ? AHEAD : (TURNS + turn) * inputs * LANES / TURNS;
             blocks<false>(x + begin * inputs, inputs, inputs, y + begin * outputs + o, outputs, end - begin, [own, ahead](int64_t k, Floats *some) {
                 Words pairs;
-                __builtin_prefetch(own + k * LANES + ahead - k * (LANES - LANES / TURNS));
+                __builtin_prefetch(own + k * LANES + ahead - k * (LANES - LANES / TURNS));     // in this form it costs GCC no instruction more
                 std::memcpy(&pairs, own + k * LANES, sizeof pairs);
                 some[0] = (Floats)(pairs << 16);
                 some[1] = (Floats)(pairs & 0xffff0000);
@@ -114,7 +114,7 @@ static void multiply(const uint32_t *w, const float *x, float *y, int64_t rows, 
 }
 
 extern "C" void product(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs, int64_t threads) {
-    (rows > ROWS && rows <= 2 * ROWS ? multiply<2> : multiply<1>)(w, x, y, rows, inputs, outputs, threads);
+    (rows > ROWS && rows <= 2 * ROWS ? multiply<2> : multiply<1>)(w, x, y, rows, inputs, outputs, threads);      // with more rows arithmetic is the limit
 }
 
 // ----------------------------------------------------------------------------------------------------- small operations
@@ -302,7 +302,7 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
         for (int64_t c = 0; c < width; c += BLOCK) {
             transpose(keys + (begin + c) * a.d, width - c, a.d, turned);
             transpose(keys + (begin + c + LANES) * a.d, width - c - LANES, a.d, turned + LANES);
-            blocks<false>(queries, a.d, a.d, scores + c, STRIDE, rows, registers<2>(turned, BLOCK), {keys + (begin + c + BLOCK) * a.d, BLOCK * a.d, 0, 1});
+            blocks<false>(queries, a.d, a.d, scores + c, STRIDE, rows, registers<2>(turned, BLOCK), {keys + (begin + c + BLOCK) * a.d, BLOCK * a.d});
         }
         for (int64_t r = 0; r < rows; r++) {
             float *own = scores + r * STRIDE;
@@ -321,7 +321,8 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
             int64_t i = 0;
             const auto mix = [&](auto w) {
                 for (; i + w * LANES <= a.d; i += w * LANES)
-                    blocks<true, w>(scores + c, STRIDE, count, sums + i, a.d, rows, registers<w>(own + i, a.d), {own + TILE * a.d, TILE * a.d, i / (w * LANES), a.d / (w * LANES)});
+                    blocks<true, w>(scores + c, STRIDE, count, sums + i, a.d, rows, registers<w>(own + i, a.d),
+                                    {own + TILE * a.d, TILE * a.d, i / (w * LANES), a.d / (w * LANES)});
             };
             if (rows <= 2 * ROWS / 4)                                         // few: with more sums at a time none waits for the one before
                 mix(std::integral_constant<int, 4>());
