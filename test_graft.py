@@ -1577,7 +1577,7 @@ def test_compiled_layers_are_the_layers(compiler, tmp_path_factory, monkeypatch)
         caches[0].length = caches[1].length = length
         tokens, positions = torch.randint(0, 64, (1, n), generator=generator), length + torch.arange(n)[None]
         mask = torch.ones(n, n, dtype=torch.bool)
-        if kind == "tree":                                                         # its mask may begin before its tokens; each sees the last, some times alone
+        if kind == "tree":                                                         # its mask may begin before its tokens; each sees the last, at times alone
             mask = torch.rand(n, n + (seed // 2 % (length + 1) if seed % 2 else 0), generator=generator).round().bool() & (seed % 8 < 6)
             mask[:, -1] = True
         torch.set_num_threads(threads)

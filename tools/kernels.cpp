@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -386,10 +387,10 @@ static void turn(const Call &a, const float *rows, const float *cos, const float
 }
 
 // Attention of queries [k][n - first][h / k][d], under mask [n][w] -> to [n - first][h d]. Threads share the rows, or, of few rows and many columns, the
-// columns in spans, so that each is read once; what a row finds in its spans is weighed then.
+// columns in spans, so that none is read twice; what a row finds in its spans is weighed then.
 static void read(const Call &a, const float *queries, const float *kept, const bool *mask, int64_t first, float *to) {
     const int64_t group = a.h / a.k, own = group * (a.n - first), all = a.k * own, panels = a.m / PANEL;
-    const int64_t spans = own <= MANY && panels > 1 ? std::min(a.threads, panels) : 1;
+    const int64_t spans = own <= MANY && panels > 1 ? std::min(a.threads / std::gcd(a.k, a.threads), panels) : 1;      // all threads get as much
     const int64_t share = spans > 1 ? own : std::min(MANY, (all + a.threads - 1) / a.threads), parts = (all + share - 1) / share;
     thread_local std::vector<float> room;
     room.resize(spans > 1 ? spans * all * (a.d + 2) : 0);
@@ -414,7 +415,10 @@ static void read(const Call &a, const float *queries, const float *kept, const b
             row += count;
         }
     }
-    for (int64_t row = 0; spans > 1 && row < all; row++) {
+    if (spans == 1)
+        return;
+    #pragma omp parallel for num_threads(a.threads) if (all * a.d >= MUCH)
+    for (int64_t row = 0; row < all; row++) {
         float highest = std::numeric_limits<float>::lowest(), by = 0, *out = place(row);
         for (int64_t span = 0; span < spans; span++)
             highest = std::max(highest, weights[2 * (span * all + row)]);
