@@ -390,11 +390,13 @@ static void turn(const Call &a, const float *rows, const float *cos, const float
 // columns in spans, so that none is read twice; what a row finds in its spans is weighed then.
 static void read(const Call &a, const float *queries, const float *kept, const bool *mask, int64_t first, float *to) {
     const int64_t group = a.h / a.k, own = group * (a.n - first), all = a.k * own, panels = a.m / PANEL;
-    const int64_t spans = own <= MANY && panels > 1 ? std::min(a.threads / std::gcd(a.k, a.threads), panels) : 1;      // all threads get as much
-    const int64_t share = spans > 1 ? own : std::min(MANY, (all + a.threads - 1) / a.threads), parts = (all + share - 1) / share;
+    const int64_t even = a.threads / std::gcd(a.k, a.threads);                 // spans of each head that give all threads as much
+    const bool whole = own <= MANY && (even == 1 || panels > 1);              // a head's rows stay together
+    const int64_t spans = whole ? std::min(even, std::max<int64_t>(panels, 1)) : 1;
+    const int64_t share = whole ? own : std::min(MANY, (all + a.threads - 1) / a.threads), parts = (all + share - 1) / share;
     thread_local std::vector<float> room;
     room.resize(spans > 1 ? spans * all * (a.d + 2) : 0);
-    float *const found = room.data(), *const weights = found + spans * all * a.d;
+    float *const found = room.data(), *const weights = spans > 1 ? found + spans * all * a.d : nullptr;
     const auto place = [&](int64_t row) { return to + ((row % own / group) * a.h + row / own * group + row % group) * a.d; };
     #pragma omp parallel for schedule(dynamic) num_threads(a.threads)
     for (int64_t item = parts * spans - 1; item >= 0; item--) {               // of a prompt those first that see most
@@ -408,14 +410,14 @@ static void read(const Call &a, const float *queries, const float *kept, const b
             int64_t tokens[MANY];
             for (int64_t r = 0; r < count; r++) {
                 tokens[r] = first + (row + r) % own / group;
-                out[r] = spans > 1 ? found + (at + r) * a.d : place(row + r);
+                out[r] = weights ? found + (at + r) * a.d : place(row + r);
             }
             const float *keys = kept + head * a.capacity * a.d, *values = keys + a.k * a.capacity * a.d;
-            attend(a, count, tokens, queries + row * a.d, mask, keys, values, start, stop, out, spans > 1 ? weights + 2 * at : nullptr, (float *)scores.data());
+            attend(a, count, tokens, queries + row * a.d, mask, keys, values, start, stop, out, weights ? weights + 2 * at : nullptr, (float *)scores.data());
             row += count;
         }
     }
-    if (spans == 1)
+    if (!weights)
         return;
     #pragma omp parallel for num_threads(a.threads) if (all * a.d >= MUCH)
     for (int64_t row = 0; row < all; row++) {
