@@ -96,7 +96,8 @@ extern "C" const int64_t block_size = BLOCK;
 // x [rows][inputs], y [rows][outputs]; outputs is a multiple of BLOCK. A few rows of a small model wait for W to arrive from memory, and a CPU's own
 // prefetching stops at each page: here W is asked for AHEAD words early. It comes as words [outputs / BLOCK][inputs][LANES], the weights of an output in
 // their low halves and of the LANES-th after it in their high ones, so that it is read from front to back, once for up to ROWS rows. Where rows take two
-// TURNS over a block, memory would rest in the second: in each, half of the next block is asked for.
+// TURNS over a block, memory would rest in the second: in each, half of the next block is asked for, a little with each weight (a block is large: all
+// at once, as `blocks` asks for what is wanted soon, was slower).
 template <int TURNS>
 static void multiply(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs, int64_t threads) {
     #pragma omp parallel for schedule(guided) num_threads(threads)
