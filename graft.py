@@ -782,7 +782,7 @@ def verify(model: Model, sequences: list[Sequence], trees: list[Tree]) -> list[t
     for cache, size in zip(caches, sizes):
         cache.reserve(cache.length + size)
     tokens = torch.tensor([[token for tree in trees for token in tree.tokens]], device=device)
-    positions = torch.cat([tree.positions(cache.length, device) for tree, cache in zip(trees, caches)])[None]
+    positions = torch.tensor([[cache.length + depth for tree, cache in zip(trees, caches) for depth in tree.depths]], device=device)
     masks = [tree.mask(device) if len(tree) > 1 else None for tree in trees]
     cache, mask = (caches[0], masks[0]) if len(trees) == 1 else (PackedCache(caches, sizes), masks)
     taps = sequences[0].drafter.taps if sequences[0].drafter else ()

@@ -319,10 +319,10 @@ class KVCache:
         return attention(queries, *kept.chunk(2, dim=1), mask)
 
     def commit(self, rows: list[int]) -> None:
-        """Keep these of the rows written last (0 = the first of them), in this order; the others are overwritten next time."""
-        if rows != list(range(len(rows))):  # a path through a tree: bring its rows together, all layers at once
-            index = torch.tensor(rows, device=self.rows.device) + self.length
-            self.rows[:, :, :, self.length:self.length + len(rows)] = self.rows[:, :, :, index]
+        """Keep these of the rows written last (0 = the first of them; ascending); the others are overwritten next time."""
+        for to, row in enumerate(rows):                                                # a path through a tree closes up, in all layers
+            if row != to:
+                self.rows.select(3, self.length + to).copy_(self.rows.select(3, self.length + row))
         self.length += len(rows)
 
 

@@ -1656,7 +1656,7 @@ def test_a_compiled_product_is_the_product(compiler, tmp_path_factory, monkeypat
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("CXX", compiler)
     compiled = kernels.products()
-    block = compiled(torch.zeros(96, 1)).block
+    block = 2 * compiled(torch.zeros(96, 1)).weight.shape[-1]
 
     @given(st.integers(1, 5), st.integers(1, 70), st.integers(0, 40), st.integers(-100, 100), st.integers(1, 3), st.sampled_from((torch.float32, torch.bfloat16)), st.integers(0, 2**31))
     def check(count, inputs, rows, exponent, threads, dtype, seed):
@@ -1676,9 +1676,13 @@ def test_a_compiled_product_is_the_product(compiler, tmp_path_factory, monkeypat
         exact, bound = x.double() @ weight.double().T, x.abs().double() @ weight.abs().double().T
         assert found.shape == (2, rows, count * block) and ((found - exact).abs() <= inputs * 2**-23 * bound).all()
         assert all(torch.equal(linear(x[:, i:i + 1]), found[:, i:i + 1]) for i in range(rows))
+        wide = weight.float()
+        wide.view(torch.int32).view(-1)[seed % wide.numel()] ^= 1 << seed % 16                   # one bit that bfloat16 has not
+        assert compiled(wide) is None
 
     check()
-    assert compiled(torch.zeros(block + 1, 4)) is compiled(torch.full((block, 4), 1 / 3)) is compiled(torch.full((block, 1), math.nan)) is None
+    assert compiled(torch.zeros(block + 1, 4)) is compiled(torch.full((block, 4), 1 / 3)) is None
+    assert compiled(torch.full((block, 1), math.nan))(torch.ones(1, 1)).isnan().all()
     for wrong in (torch.zeros(1, 3), torch.zeros(1, 1, dtype=torch.float64)):
         with pytest.raises(ValueError, match="rows of 1 in float32"):
             compiled(torch.zeros(block, 1))(wrong)

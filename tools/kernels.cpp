@@ -39,6 +39,36 @@ static inline void with_constant(int64_t rows, Run run) {
         with_constant<R - 1>(rows, run);
 }
 
+// Up to LANES rows of d numbers, what lacks being 0 -> [d][LANES], rows BLOCK apart: squares of registers are riffled until they are transposed.
+static void transpose(const float *from, int64_t rows, int64_t d, float *to) {
+    int64_t i = 0;
+    for (; rows >= LANES && i + LANES <= d; i += LANES) {
+        Floats some[LANES], next[LANES];
+        for (int64_t r = 0; r < LANES; r++)
+            some[r] = load(from + r * d + i);
+        const auto riffle = [&](Ints low, Ints high) {
+            for (int64_t r = 0; r < LANES / 2; r++) {
+                next[2 * r] = __builtin_shuffle(some[r], some[r + LANES / 2], low);
+                next[2 * r + 1] = __builtin_shuffle(some[r], some[r + LANES / 2], high);
+            }
+            std::memcpy(some, next, sizeof some);
+        };
+#ifdef __AVX512F__
+        for (int64_t turn = 0; turn < 4; turn++)
+            riffle(Ints{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, Ints{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+#else
+        riffle(Ints{0, 1, 2, 3, 8, 9, 10, 11}, Ints{4, 5, 6, 7, 12, 13, 14, 15});          // whole halves, and then within them: an instruction each
+        for (int64_t turn = 0; turn < 2; turn++)
+            riffle(Ints{0, 8, 1, 9, 4, 12, 5, 13}, Ints{2, 10, 3, 11, 6, 14, 7, 15});
+#endif
+        for (int64_t r = 0; r < LANES; r++)
+            store(to + (i + r) * BLOCK, some[r]);
+    }
+    for (; i < d; i++)
+        for (int64_t r = 0; r < LANES; r++)
+            to[i * BLOCK + r] = r < rows ? from[r * d + i] : 0;
+}
+
 // ------------------------------------------------------------------------------------------------------------ y = x W^T
 
 // R rows of x, `apart` from each other, times the W registers of weights that `weights` gives for each input -> y [R][W LANES], rows `stride` apart; ADD: to
@@ -92,6 +122,25 @@ static inline auto registers(const float *from, int64_t apart) {
 }
 
 extern "C" const int64_t block_size = BLOCK;
+
+// A matrix [outputs][inputs] -> W as `product` takes it; returns whether bfloat16 holds all of it.
+extern "C" int64_t pack(const float *matrix, uint32_t *w, int64_t outputs, int64_t inputs) {
+    std::vector<float> turned(inputs * BLOCK);
+    Words lost{};
+    for (int64_t o = 0; o < outputs; o += BLOCK, matrix += BLOCK * inputs) {
+        for (int64_t half = 0; half < BLOCK; half += LANES)
+            transpose(matrix + half * inputs, LANES, inputs, turned.data() + half);
+        for (int64_t k = 0; k < inputs; k++, w += LANES) {
+            const Words low = (Words)load(&turned[k * BLOCK]), high = (Words)load(&turned[k * BLOCK + LANES]), pairs = low >> 16 | (high & 0xffff0000);
+            lost |= (low | high) << 16;
+            std::memcpy(w, &pairs, sizeof pairs);
+        }
+    }
+    uint32_t any = 0;
+    for (int64_t lane = 0; lane < LANES; lane++)
+        any |= lost[lane];
+    return any == 0;
+}
 
 // x [rows][inputs], y [rows][outputs]; outputs is a multiple of BLOCK. A few rows of a small model wait for W to arrive from memory, and a CPU's own
 // prefetching stops at each page: here W is asked for AHEAD words early. It comes as words [outputs / BLOCK][inputs][LANES], the weights of an output in
@@ -238,36 +287,6 @@ struct Call {
 
 constexpr int64_t MANY = 96, PANEL = 512, TILE = 64;   // rows, columns, and columns whose values stay nearest
 constexpr int64_t STRIDE = PANEL + 16;                 // of scores: rows a power of two apart would drive each other out of the cache
-
-// Up to LANES rows of d numbers, what lacks being 0 -> [d][LANES], rows BLOCK apart: squares of registers are riffled until they are transposed.
-static void transpose(const float *from, int64_t rows, int64_t d, float *to) {
-    int64_t i = 0;
-    for (; rows >= LANES && i + LANES <= d; i += LANES) {
-        Floats some[LANES], next[LANES];
-        for (int64_t r = 0; r < LANES; r++)
-            some[r] = load(from + r * d + i);
-        const auto riffle = [&](Ints low, Ints high) {
-            for (int64_t r = 0; r < LANES / 2; r++) {
-                next[2 * r] = __builtin_shuffle(some[r], some[r + LANES / 2], low);
-                next[2 * r + 1] = __builtin_shuffle(some[r], some[r + LANES / 2], high);
-            }
-            std::memcpy(some, next, sizeof some);
-        };
-#ifdef __AVX512F__
-        for (int64_t turn = 0; turn < 4; turn++)
-            riffle(Ints{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, Ints{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
-#else
-        riffle(Ints{0, 1, 2, 3, 8, 9, 10, 11}, Ints{4, 5, 6, 7, 12, 13, 14, 15});          // whole halves, and then within them: an instruction each
-        for (int64_t turn = 0; turn < 2; turn++)
-            riffle(Ints{0, 8, 1, 9, 4, 12, 5, 13}, Ints{2, 10, 3, 11, 6, 14, 7, 15});
-#endif
-        for (int64_t r = 0; r < LANES; r++)
-            store(to + (i + r) * BLOCK, some[r]);
-    }
-    for (; i < d; i++)
-        for (int64_t r = 0; r < LANES; r++)
-            to[i * BLOCK + r] = r < rows ? from[r * d + i] : 0;
-}
 
 // Each of these scores, their number being a multiple of LANES, becomes e^(score - highest); returns their sum. `highest` rises to the largest of them.
 static float soften(float *scores, int64_t count, float &highest) {

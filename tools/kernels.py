@@ -71,6 +71,7 @@ def _library(command: tuple[str, ...], kept: Path) -> ctypes.CDLL:
     try:
         code = ctypes.CDLL(str(folder / "kernels.so"))
         code.product.argtypes = [POINTER] * 3 + [NUMBER] * 4
+        code.pack.argtypes = [POINTER] * 2 + [NUMBER] * 2
         code.layers.argtypes = [POINTER] * 13
         code.context.argtypes = [POINTER] * 6
         code.top.argtypes = [POINTER] + [NUMBER] * 5 + [POINTER] * 2
@@ -89,10 +90,8 @@ def instructions() -> str:
 class Blocks:
     """x @ weight.T in float32 for a matrix [outputs, inputs] in bfloat16, `outputs` being a multiple of the block."""
 
-    def __init__(self, run: Callable, block: int, weight: Tensor):
-        self.outputs, self.inputs = weight.shape
-        self.weight = weight.view(-1, 2, block // 2, self.inputs).permute(0, 3, 2, 1).contiguous()
-        self.run, self.block, self.data_ptr = run, block, self.weight.data_ptr
+    def __init__(self, run: Callable, weight: Tensor, outputs: int, inputs: int):
+        self.run, self.weight, self.outputs, self.inputs, self.data_ptr = run, weight, outputs, inputs, weight.data_ptr
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs]."""
@@ -108,12 +107,14 @@ class Blocks:
 def products() -> Callable:
     """From a matrix to its Blocks, or None where it cannot have any. Raises what `library` does."""
     code = library()
-    run, block = code.product, NUMBER.in_dll(code, "block_size").value
+    block = NUMBER.in_dll(code, "block_size").value
 
     def blocks(weight: Tensor) -> Blocks | None:
-        narrow = weight.bfloat16()
-        same = (torch.equal(part.to(weight.dtype), other) for part, other in zip(narrow.split(4096), weight.split(4096)))
-        return Blocks(run, block, narrow) if len(weight) % block == 0 and all(same) else None
+        outputs, inputs = weight.shape
+        if outputs % block:
+            return None
+        weight, packed = weight.float().contiguous(), torch.empty(outputs // block, inputs, block // 2, dtype=torch.int32)
+        return Blocks(code.product, packed, outputs, inputs) if code.pack(weight.data_ptr(), packed.data_ptr(), outputs, inputs) else None
 
     return blocks
 

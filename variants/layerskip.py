@@ -117,16 +117,22 @@ def verify_one(model: Model, sequence: Sequence, tree: Tree) -> tuple[list[int],
         positions, mask = tree.positions(length, device)[None], tree.mask(device)
         x = model.wide(model.embed_tokens(torch.tensor([tree.tokens], device=device)))
         x[:, reused] = torch.cat(drafter.exits, dim=1)[:, [rows[i] for i in reused]]
-        cache.commit([rows[i] for i in reused])
+        arrange(cache, [rows[i] for i in reused])
+        cache.length += len(reused)
         if new:
             x[:, new] = run(model, model.layers[:early], x[:, new], positions[:, new], cache, mask[new][:, order])
         cache.length = length
-        cache.commit([order.index(i) for i in range(n)])                  # the rows of layers 0..early-1 in the tree's order
-        cache.length = length
+        arrange(cache, [order.index(i) for i in range(n)])                # the rows of layers 0..early-1 in the tree's order
         x = run(model, model.layers[early:], x, positions, cache, mask)
         logits = model.lm_head(model.norm(x))[0]
         picks = sequence.sampler.pick(logits, tree)
         return tree.accept(picks), picks, logits, None
+
+
+def arrange(cache: KVCache, rows: list[int]) -> None:
+    """Put these of the rows behind the committed ones (0 = the first of them) there in this order."""
+    index = torch.tensor(rows, device=cache.rows.device) + cache.length
+    cache.rows[:, :, :, cache.length:cache.length + len(rows)] = cache.rows[:, :, :, index]
 
 
 @torch.inference_mode()
