@@ -7,6 +7,7 @@
 """
 
 import argparse
+import gc
 import hashlib
 import importlib
 import json
@@ -25,6 +26,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     signalled = signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C before `main` just ends the process: no traceback from an import
+    gc.disable()                                               # until all is loaded: its passes over what torch makes take a tenth of a start
 
 import torch  # noqa: E402
 
@@ -357,6 +359,9 @@ def set_up(args, calibrated: bool = True) -> Setup:
             for name in ("checkpoints", "thresholds", "retained", "trust", "adjacency"):
                 fields.pop(name, None)
     warm = DEMO_STORE if not args.model and not args.cold and DEMO_STORE.exists() else None
+    if not gc.isenabled():                      # see above; what is loaded needs no pass later either
+        gc.freeze()
+        gc.enable()
     return Setup(model, head, text, method, config, chat, args.system, corpus, tuned, folder, args.draft_window,
                  Path(args.store) if args.store else None, warm, args.draft)
 
