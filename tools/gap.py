@@ -2,10 +2,11 @@
 
     python tools/gap.py --dtype bfloat16 --json results/gap_cpu_bfloat16.json
 
-The floor of a forward is its weights read once at the bandwidth that a large sum reaches here; a forward of n rows is also
-compared with the time that the same weights take as bare matrix products. A round's overhead is what is left of its wall time
-without the forwards of target and head: retrieving, merging, masks, picks, walking, compaction and Python. Prompts are every second one of
-`tools/calibration_prompts.jsonl`. On a CPU start it alone: another busy process doubles some of these figures.
+The floor of a forward is its weights read once at the bandwidth that a large sum reaches here; a forward of n rows is
+also compared with the time that the same weights take as bare matrix products. A round's overhead is what is left of
+its wall time without the forwards of target and head: retrieving, merging, masks, picks, walking, compaction and
+Python. Prompts are every second one of `tools/calibration_prompts.jsonl`. On a CPU start it alone: another busy process
+doubles some of these figures.
 """
 
 import argparse
@@ -57,7 +58,8 @@ def rounds(setup: run.Setup, prompts: list[list[int]]) -> dict:
     modules, fc, grow = (("target", setup.model), ("head", setup.head)), setup.head.fc, Chain.grow
     for name, module in modules:
         module.forward = clocked(name, module.forward, spent)
-    setup.head.__dict__["fc"] = clocked("head", fc, spent)   # a Part is called as its class says: what stands on the instance is not asked
+    # a Part is called as its class says: what stands on the instance is not asked
+    setup.head.__dict__["fc"] = clocked("head", fc, spent)
     Chain.grow = clocked("head", grow, spent)                # on a GPU the head runs there
     steps = Counter()
     for prompt in prompts:
@@ -80,7 +82,8 @@ def rounds(setup: run.Setup, prompts: list[list[int]]) -> dict:
 
 
 def lookups(lengths=(1_000, 10_000, 100_000), vocab: int = 5_000, size: int = 32) -> dict:
-    """Microseconds to retrieve `size` tokens behind synthetic texts of these lengths, half of them copied from further up."""
+    """Microseconds to retrieve `size` tokens behind synthetic texts of these lengths, half of them copied from further
+    up."""
     rng, times = random.Random(0), {}
     text = [rng.randrange(vocab) for _ in range(100)]
     for length in lengths:
@@ -93,17 +96,20 @@ def lookups(lengths=(1_000, 10_000, 100_000), vocab: int = 5_000, size: int = 32
             found = torch.tensor(text[at:at + 500])
             matrix.update(found, torch.randn(len(found), vocab))
         paths = [tuple(text[at:at + 4]) for at in rng.sample(range(length - 4), 200)]
-        calls = {"ngram": lambda: [ngrams.propose(size, path) for path in paths], "adjacency": lambda: [matrix.propose([path[-1]], size) for path in paths]}
+        calls = {"ngram": lambda: [ngrams.propose(size, path) for path in paths],
+                 "adjacency": lambda: [matrix.propose([path[-1]], size) for path in paths]}
         times[length] = {name: round(5 * ms, 1) for name, ms in median_ms(calls, 15).items()}
     return times
 
 
 def first_use(repeats: int, options: list[str]) -> dict:
-    """What a person at the command line sees, the model being on disk: seconds from the command to the first text and to the end of
-    64 tokens, and the process's peak memory; and both of a process that only imports torch. Medians."""
+    """What a person at the command line sees, the model being on disk: seconds from the command to the first text and
+    to the end of 64 tokens, and the process's peak memory; and both of a process that only imports torch. Medians."""
     rows = {"run.py": [], "import torch": []}
     for _ in range(repeats):
-        for name, command in (("run.py", ["run.py", "Why is the sky blue?", "--max-new-tokens", "64", "--quiet", *options]), ("import torch", ["-c", "import torch; print()"])):
+        for name, command in (("run.py", ["run.py", "Why is the sky blue?", "--max-new-tokens", "64", "--quiet",
+                                          *options]),
+                              ("import torch", ["-c", "import torch; print()"])):
             begin = time.perf_counter()
             with subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE) as process:
                 process.stdout.read(1)
@@ -114,7 +120,8 @@ def first_use(repeats: int, options: list[str]) -> dict:
             if process.returncode:
                 raise ValueError(f"{' '.join(command)} exited with {process.returncode}")
             rows[name].append((first, time.perf_counter() - begin, usage.ru_maxrss / 1024))
-    return {name: dict(zip(("seconds_to_first_text", "seconds", "peak_megabytes"), (round(statistics.median(column), 2) for column in zip(*found))))
+    return {name: dict(zip(("seconds_to_first_text", "seconds", "peak_megabytes"),
+                           (round(statistics.median(column), 2) for column in zip(*found))))
             for name, found in rows.items()}
 
 
@@ -128,16 +135,22 @@ def main() -> None:
     parser.add_argument("--json", required=True)
     args = parser.parse_args()
     run.writable(args.json)
-    options = ["--dtype", args.dtype, *(["--device", args.device] if args.device else []), *run.flag("compile", args.compile)]
-    seen = first_use(5, options)       # before this process grows: Linux counts a parent's memory at the start towards its child's peak
+    options = ["--dtype", args.dtype, *(["--device", args.device] if args.device else []),
+               *run.flag("compile", args.compile)]
+    # before this process grows: Linux counts a parent's memory at the start towards its child's peak
+    seen = first_use(5, options)
     setup = run.set_up(run.parse(["x", "--max-new-tokens", "96", *options]))
     t, observe, head = measure(setup, 256, args.repeats)
     bare = {n: products(setup.model, n, args.repeats) for n in (1, 8, 16, 32)}
-    report = {"command": command_line("tools/gap.py"), "environment": run.environment(setup), "floor": floor(setup.model, t),
-              "milliseconds": {f"forward_{n}": round(t[n - 1], 2) for n in (1, 4, 8, 16, 32)} | {f"products_{n}": round(ms, 2) for n, ms in bare.items()}
+    report = {"command": command_line("tools/gap.py"), "environment": run.environment(setup),
+              "floor": floor(setup.model, t),
+              "milliseconds": {f"forward_{n}": round(t[n - 1], 2) for n in (1, 4, 8, 16, 32)}
+              | {f"products_{n}": round(ms, 2) for n, ms in bare.items()}
               | {"head_step": {f: round(head[f - 1], 2) for f in (1, 4, len(head))}, "head_observe": round(observe, 2)},
               "lookup_microseconds_by_text_length": lookups(),
-              "graft": rounds(setup, [setup.ask(p["text"]) for p in run.read_prompts(PROMPTS, None)[::2][:args.prompts]]), "command_line": seen}
+              "graft": rounds(setup, [setup.ask(p["text"])
+                                      for p in run.read_prompts(PROMPTS, None)[::2][:args.prompts]]),
+              "command_line": seen}
     print(json.dumps(report, indent=1))
     run.write(args.json, report)
 

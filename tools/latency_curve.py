@@ -1,9 +1,11 @@
-"""t(n) of a target with random weights of a published shape: what verifying n nodes costs on this device, and the memory it takes.
+"""t(n) of a target with random weights of a published shape: what verifying n nodes costs on this device, and the
+memory it takes.
 
     python tools/latency_curve.py --shape qwen3-8b --json results/latency_qwen3-8b_cuda.json
 
-Latency does not depend on what the weights are, so no checkpoint is needed. The floor is the weights that a forward must read,
-once, at the bandwidth that a large sum reaches here; of a mixture of experts, the experts that its rows choose.
+Latency does not depend on what the weights are, so no checkpoint is needed. The floor is the weights that a forward
+must read, once, at the bandwidth that a large sum reaches here; of a mixture of experts, the experts that its rows
+choose.
 """
 
 import argparse
@@ -25,12 +27,16 @@ from kernels import kernels, products  # noqa: E402
 from model import Linear, Model, ModelConfig, RMSNorm  # noqa: E402
 
 ROPE = {"rope_type": "default", "rope_theta": 1e6, "original_max_position_embeddings": 40960}
-QWEN3 = dict(architecture="Qwen3ForCausalLM", vocab_size=151936, rms_norm_eps=1e-6, max_position_embeddings=40960, rope=ROPE, head_dim=128, qk_norm=True)
+QWEN3 = dict(architecture="Qwen3ForCausalLM", vocab_size=151936, rms_norm_eps=1e-6, max_position_embeddings=40960,
+             rope=ROPE, head_dim=128, qk_norm=True)
 SHAPES = {
-    "qwen3-8b": ModelConfig(**QWEN3, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8),
-    "qwen3-1.7b": ModelConfig(**QWEN3, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8),
-    "qwen3-30b-a3b": ModelConfig(**QWEN3, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
-                                 num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True, moe_layers=tuple(range(48))),
+    "qwen3-8b": ModelConfig(**QWEN3, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+                            num_attention_heads=32, num_key_value_heads=8),
+    "qwen3-1.7b": ModelConfig(**QWEN3, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28,
+                              num_attention_heads=16, num_key_value_heads=8),
+    "qwen3-30b-a3b": ModelConfig(**QWEN3, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
+                                 num_attention_heads=32, num_key_value_heads=4, num_experts=128, num_experts_per_tok=8,
+                                 moe_intermediate_size=768, norm_topk_prob=True, moe_layers=tuple(range(48))),
 }
 
 
@@ -39,8 +45,10 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device, blocks=None) -
         model = Model(config)
     model = model.to(dtype).to_empty(device=device).requires_grad_(False)
     for name, value in model.named_parameters():
-        value.copy_(value.normal_(std=0.02).bfloat16()) if "norm" not in name else value.fill_(1.0)      # as checkpoints are stored
-    model.inverse.copy_(config.rope["rope_theta"] ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim))
+        # as checkpoints are stored
+        value.copy_(value.normal_(std=0.02).bfloat16()) if "norm" not in name else value.fill_(1.0)
+    model.inverse.copy_(config.rope["rope_theta"]
+                        ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim))
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.pack()
@@ -51,7 +59,8 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device, blocks=None) -
 
 @torch.inference_mode()
 def curve(model: Model, length: int, grid: list[int], repeats: int) -> tuple[dict, dict]:
-    """By nodes below the root: milliseconds of a forward behind `length` committed tokens, and on a GPU the peak memory in MiB."""
+    """By nodes below the root: milliseconds of a forward behind `length` committed tokens, and on a GPU the peak memory
+    in MiB."""
     cache = model.new_cache(length + max(grid) + 1)
     cache.length = length
     peaks = {}
@@ -59,7 +68,8 @@ def curve(model: Model, length: int, grid: list[int], repeats: int) -> tuple[dic
         torch.cuda.reset_peak_memory_stats()
         verify_once(model, cache, n)
         peaks[n] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    return {n: round(ms, 3) for n, ms in median_ms({n: (lambda n=n: verify_once(model, cache, n)) for n in grid}, repeats).items()}, peaks
+    return {n: round(ms, 3) for n, ms in
+            median_ms({n: (lambda n=n: verify_once(model, cache, n)) for n in grid}, repeats).items()}, peaks
 
 
 def main() -> None:
@@ -79,7 +89,8 @@ def main() -> None:
     if device.index:
         torch.cuda.set_device(device)
     if args.layers:
-        config = replace(config, num_hidden_layers=args.layers, moe_layers=tuple(i for i in config.moe_layers if i < args.layers))
+        config = replace(config, num_hidden_layers=args.layers,
+                         moe_layers=tuple(i for i in config.moe_layers if i < args.layers))
     in_c = args.compile and device.type == "cpu"
     if in_c and args.dtype != "float32":
         raise ValueError(f"--compile is, on a CPU, for float32; --dtype is {args.dtype}")
@@ -92,10 +103,13 @@ def main() -> None:
     times, peaks = curve(model, args.length, [0, 1, 3, 7, 15, 31, 60], args.repeats)
     speed = bandwidth(model.device)
     floor = bytes_read(model) / speed / 1e6
-    report = {"command": command_line("tools/latency_curve.py"), "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine(),
-              "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": args.dtype, "compiled": args.compile, "layers": config.num_hidden_layers, "committed_tokens": args.length,
-              "gigabytes_per_second": round(speed, 1), "floor_ms_one_row": round(floor, 3), "milliseconds_by_nodes": times,
-              "over_floor": round(times[0] / floor, 3), "verify_8_over_plain": round(times[7] / times[0], 3), "peak_mebibytes_by_nodes": peaks}
+    report = {"command": command_line("tools/latency_curve.py"),
+              "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine(),
+              "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": args.dtype,
+              "compiled": args.compile, "layers": config.num_hidden_layers, "committed_tokens": args.length,
+              "gigabytes_per_second": round(speed, 1), "floor_ms_one_row": round(floor, 3),
+              "milliseconds_by_nodes": times, "over_floor": round(times[0] / floor, 3),
+              "verify_8_over_plain": round(times[7] / times[0], 3), "peak_mebibytes_by_nodes": peaks}
     print(json.dumps(report, indent=1))
     run.write(args.json, report)
 

@@ -2,8 +2,8 @@
 
     pip install matplotlib && python tools/plot.py results/demo_cpu.json results/pareto.png
 
-A small dot is a method on one task, a large one its sum over all tasks. Up is faster, right is more tokens a round; of two
-methods at one height the one further left gets there with less.
+A small dot is a method on one task, a large one its sum over all tasks. Up is faster, right is more tokens a round; of
+two methods at one height the one further left gets there with less.
 """
 
 import argparse
@@ -26,13 +26,16 @@ except (OSError, ValueError, TypeError, KeyError) as error:
 figure, axes = plt.subplots(figsize=(8, 5.5), dpi=120)
 for number, (name, entry) in enumerate(report["methods"].items()):
     colour = f"C{number}"
-    axes.scatter([t["mean_accepted"] for t in entry["by_task"].values()], [t["speedup"] for t in entry["by_task"].values()], s=12, color=colour, alpha=0.4)
-    axes.scatter(entry["mean_accepted"], entry["speedup"], s=90, color=colour, label=name, edgecolors="black", linewidths=0.6, zorder=3)
+    axes.scatter([t["mean_accepted"] for t in entry["by_task"].values()],
+                 [t["speedup"] for t in entry["by_task"].values()], s=12, color=colour, alpha=0.4)
+    axes.scatter(entry["mean_accepted"], entry["speedup"], s=90, color=colour, label=name, edgecolors="black",
+                 linewidths=0.6, zorder=3)
 axes.axhline(1, color="grey", linewidth=0.8, linestyle=":")
 axes.set_xlabel("tokens a round")
 axes.set_ylabel("speedup over ar")
 environment = report["environment"]
-axes.set_title(f"{environment['device']}, {environment['dtype']}, torch {environment['torch']}, {report['prompts']} prompts", fontsize=9)
+axes.set_title(f"{environment['device']}, {environment['dtype']}, torch {environment['torch']}, "
+               f"{report['prompts']} prompts", fontsize=9)
 axes.legend(fontsize=8)
 figure.tight_layout()
 figure.savefig(args.picture)

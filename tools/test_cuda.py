@@ -38,7 +38,8 @@ def say(model, drafter, prompt, state=None, **fields):
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_logits_and_features_are_those_of_the_cpu(graphs):
-    """Through a prompt, trees, commits and steps of one token, in float32; graphs leave nothing behind that a later replay changes."""
+    """Through a prompt, trees, commits and steps of one token, in float32; graphs leave nothing behind that a later
+    replay changes."""
     cpu, gpu = copy.deepcopy(TARGET).float(), there(TARGET, graphs)
     caches = cpu.new_cache(256), gpu.new_cache(0)
     generator, kept = torch.Generator().manual_seed(0), []
@@ -58,7 +59,8 @@ def test_logits_and_features_are_those_of_the_cpu(graphs):
                 mask = None if causal or n == 1 else tree.mask(device)
                 outs.append(network(tokens.to(device), positions.to(device)[None], cache, mask, taps=(-1, 2, 5)))
                 cache.commit(list(range(n)) if causal else [0, *tree.path(n - 1)])
-            close = lambda theirs, ours: torch.testing.assert_close(theirs.cpu(), ours, atol=2e-3, rtol=1e-4)   # features reach 50
+            # features reach 50
+            close = lambda theirs, ours: torch.testing.assert_close(theirs.cpu(), ours, atol=2e-3, rtol=1e-4)
             for theirs, ours in zip(*reversed(outs)):
                 close(theirs, ours)
             close(*(cache.rows[:, :, :, :caches[0].length] for cache in reversed(caches)))
@@ -86,7 +88,8 @@ def test_compiled_forwards_say_what_the_cpu_says_and_are_compiled_once(method):
     counted, made = torch._dynamo.utils.counters["stats"], []
     cpu, gpu, head = copy.deepcopy(TARGET).float(), there(TARGET, True), there(HEAD, True)
     gpu.compiled = head.compiled = True
-    for fields in (dict(), dict(budget=9, depth=3), dict(budget=30, draft_top_k=5, thresholds=(0.0, 0.0, 0.0)), dict(budget=5, depth=1)):
+    for fields in (dict(), dict(budget=9, depth=3), dict(budget=30, draft_top_k=5, thresholds=(0.0, 0.0, 0.0)),
+                   dict(budget=5, depth=1)):
         for prompt in PROMPTS:
             assert say(gpu, EagleDrafter(head), prompt, method=method, **fields) == say(cpu, None, prompt, method="ar")
         made.append(counted["unique_graphs"])
@@ -114,7 +117,8 @@ def test_blocks_are_those_of_the_cpu_and_say_what_it_says(method, graphs):
     assert all(torch.allclose(ours, theirs, atol=2e-3, rtol=1e-3) for ours, theirs in zip(guesses[:2], guesses[2:]))
     config, new_drafter = blocks.plan_of(method, gpu, nets[1], max_new_tokens=40, budget=12)
     for prompt in PROMPTS:
-        assert base.collect(gpu, prompt, config, state=State(gpu, new_drafter()))[0] == say(cpu, None, prompt, method="ar")
+        assert (base.collect(gpu, prompt, config, state=State(gpu, new_drafter()))[0]
+                == say(cpu, None, prompt, method="ar"))
     assert (nets[1].captured > 0) == graphs
 
 
@@ -161,7 +165,8 @@ def test_a_batch_is_each_prompt_alone(method):
 
 
 def test_experts_run_as_one_product_each_way(monkeypatch):
-    """In bfloat16: grouped against the loop, over few rows and a prompt; then a mixture's forwards in graphs against eager ones."""
+    """In bfloat16: grouped against the loop, over few rows and a prompt; then a mixture's forwards in graphs against
+    eager ones."""
     model = base.tiny(4, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, moe_layers=(1, 3), context=256)
     plain, graphed = there(model, False, torch.bfloat16), there(model, True, torch.bfloat16)
     moe = plain.layers[1].mlp
@@ -190,7 +195,8 @@ def test_the_norm_is_the_cpus():
     x = torch.randn(1, 7, 576).bfloat16() * 3
     cpu, gpu = norm(x).float(), copy.deepcopy(norm).to(DEVICE)(x.to(DEVICE)).float().cpu()
     assert ((cpu - gpu).abs() <= cpu.abs() * 2**-7 + 1e-6).all()
-    assert (copy.deepcopy(norm).float().to(DEVICE)(x.float().to(DEVICE)).cpu() - norm.float()(x.float())).abs().max() < 1e-5
+    assert ((copy.deepcopy(norm).float().to(DEVICE)(x.float().to(DEVICE)).cpu() - norm.float()(x.float())).abs().max()
+            < 1e-5)
 
 
 def test_the_demo_model_says_on_a_gpu_what_it_says_on_a_cpu():

@@ -1,10 +1,11 @@
-"""Make the adjacency matrix that the demo model starts from, out of its own self-made text (tools/train_eagle3.py generate).
+"""Make the adjacency matrix that the demo model starts from, out of its own self-made text (tools/train_eagle3.py
+generate).
 
     python tools/warm_store.py --out assets/smollm2-135m-store.safetensors
 
-Every token of the text updates its row as in a live run, so the file holds what a user who had generated that text would
-have. Then it prints, on held-out text, how often the r-th token of a row comes next, and how often the text
-goes on as after an m-token match: the figures behind RANK_PROBABILITIES and MATCH_PROBABILITIES in retrieval.py.
+Every token of the text updates its row as in a live run, so the file holds what a user who had generated that text
+would have. Then it prints, on held-out text, how often the r-th token of a row comes next, and how often the text goes
+on as after an m-token match: the figures behind RANK_PROBABILITIES and MATCH_PROBABILITIES in retrieval.py.
 """
 
 import argparse
@@ -40,17 +41,21 @@ def main() -> None:
     matrix = AdjacencyMatrix(model.config.vocab_size)
     texts = [safe_open(path, "pt") for path in shards[1:]]             # the first is held out
     if any("features" not in text.keys() for text in texts):
-        raise SystemExit(f"error: {data_folder(args)} holds shards without features, as a GPU writes them; 'tools/train_eagle3.py text FILE' puts their "
-                         "text into a file, '--device cpu --data NEW text --read FILE' makes shards with features of it: pass --data NEW")
+        raise SystemExit(f"error: {data_folder(args)} holds shards without features, as a GPU writes them; "
+                         "'tools/train_eagle3.py text FILE' puts their text into a file, "
+                         "'--device cpu --data NEW text --read FILE' makes shards with features of it: pass --data NEW")
     tokens = [text.get_tensor("tokens").long() for text in texts]
     everything = torch.cat(tokens)
-    last = torch.full((model.config.vocab_size,), -1).scatter_reduce_(0, everything, torch.arange(len(everything)), "amax")
+    last = torch.full((model.config.vocab_size,), -1).scatter_reduce_(
+        0, everything, torch.arange(len(everything)), "amax")
     for number, (text, part) in enumerate(zip(texts, torch.arange(len(everything)).split([len(t) for t in tokens]))):
-        here = (last[everything[part]] == part).nonzero()[:, 0]        # a row keeps its last writing, so only that is computed
+        # a row keeps its last writing, so only that is computed
+        here = (last[everything[part]] == part).nonzero()[:, 0]
         features = text.get_tensor("features")[here, 3 * H:]
         for rows, feature in zip(here.split(512), features.split(512)):
             matrix.update(tokens[number][rows], model.lm_head(model.norm(feature.to(model.dtype))))
-        print(f"\r{number + 1} of {len(texts)} shards: {int((matrix.rows[:, 0] >= 0).sum())} rows written", end="", flush=True)
+        print(f"\r{number + 1} of {len(texts)} shards: {int((matrix.rows[:, 0] >= 0).sum())} rows written",
+              end="", flush=True)
     print()
     held = load_file(shards[0])
     ranks, seen, at = torch.zeros(matrix.rows.shape[1]), 0, 0

@@ -1,18 +1,20 @@
 """Self-speculation: the target's first E layers and its own head draft, the rest of its layers verify.
 
     python run.py "Why is the sky blue?" --method layerskip_graft
-    python variants/layerskip.py calibrate                   # which E; then LAYERSKIP_EXIT=E,GUESSES,SHARPNESS python run.py ...
+    python variants/layerskip.py calibrate          # which E; then LAYERSKIP_EXIT=E,GUESSES,SHARPNESS python run.py ...
 
-Source: LayerSkip (Elhoushi et al., arXiv 2404.16710), section 4.3; here with trees, pruning and grafting instead of one chain.
-Changes: the drafter writes the keys and values of layers 0..E-1 straight into the target's cache and keeps the hidden states that
-leave layer E-1. Verification takes both over: drafted nodes that survived pruning run only layers E.., nodes that were never run
-(the draft's leaves, retrieved ones) run layers 0..E-1 first, among their drafted ancestors. So there is one cache, no second copy
-of anything, and no weight besides the target's. `layerskip` verifies its tree as `eagle` does, `layerskip_graft` as `graft` does.
+Source: LayerSkip (Elhoushi et al., arXiv 2404.16710), section 4.3; here with trees, pruning and grafting instead of one
+chain.
+Changes: the drafter writes the keys and values of layers 0..E-1 straight into the target's cache and keeps the hidden
+states that leave layer E-1. Verification takes both over: drafted nodes that survived pruning run only layers E..,
+nodes that were never run (the draft's leaves, retrieved ones) run layers 0..E-1 first, among their drafted ancestors.
+So there is one cache, no second copy of anything, and no weight besides the target's. `layerskip` verifies its tree as
+`eagle` does, `layerskip_graft` as `graft` does.
 Needs: any target. Guarantees: the text of plain decoding, as every method in graft.py.
 
-A checkpoint trained for early exit (LayerSkip's own: layer dropout that grows with depth, and a loss at every exit) makes the head
-read the first layers' states well: E can be a quarter of the layers or less, and sharpness 1. An ordinary model's exits agree with
-its end only near the end, and no E pays. The code is the same.
+A checkpoint trained for early exit (LayerSkip's own: layer dropout that grows with depth, and a loss at every exit)
+makes the head read the first layers' states well: E can be a quarter of the layers or less, and sharpness 1. An
+ordinary model's exits agree with its end only near the end, and no E pays. The code is the same.
 """
 
 import argparse
@@ -34,23 +36,29 @@ from model import KVCache, Model, load_model  # noqa: E402
 from train_eagle3 import TEXT  # noqa: E402
 from tree import Tree  # noqa: E402
 
-# By layers and hidden size: E, how many guesses make a chain, and sharpness. For SmolLM2-135M-Instruct by `calibrate --conversations 5`
-# on the text of commit cd05438 (612 answer tokens), where plain decoding scores 1 and no exit pays: E = 1 scores 0.88 (its first choice is
-# the target's on 8% of the tokens), E = 18 0.68 (15%), E = 29 0.82 (61%).
+# By layers and hidden size: E, how many guesses make a chain, and sharpness. For SmolLM2-135M-Instruct by
+# `calibrate --conversations 5` on the text of commit cd05438 (612 answer tokens), where plain decoding scores 1 and no
+# exit pays: E = 1 scores 0.88 (its first choice is the target's on 8% of the tokens), E = 18 0.68 (15%), E = 29 0.82
+# (61%).
 CALIBRATED = {(30, 576): (1, 1, 0.3)}
 SHARPNESS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)   # tried by calibrate
 
 
 def prepare(setup, method: str):
-    """The fields of run.py's Plan. E is LAYERSKIP_EXIT if that is set, else what was calibrated, else a quarter of the layers."""
-    layers, config = setup.model.config.num_hidden_layers, setup.configure("graft" if method.endswith("graft") else "eagle")
-    early, guesses, sharpness = CALIBRATED.get((layers, setup.model.config.hidden_size), (max(1, layers // 4), config.depth + 1, 1.0))
+    """The fields of run.py's Plan. E is LAYERSKIP_EXIT if that is set, else what was calibrated, else a quarter of the
+    layers."""
+    layers, config = (setup.model.config.num_hidden_layers,
+                      setup.configure("graft" if method.endswith("graft") else "eagle"))
+    early, guesses, sharpness = CALIBRATED.get((layers, setup.model.config.hidden_size),
+                                               (max(1, layers // 4), config.depth + 1, 1.0))
     if given := os.environ.get("LAYERSKIP_EXIT"):
         parts = re.fullmatch(r"(\d+)(?:,([1-9]\d*),(\d+\.?\d*))?", given)
         if not parts or not 1 <= int(parts[1]) < layers:
-            raise ValueError(f"LAYERSKIP_EXIT is {given!r}; expected a number of layers from 1 to {layers - 1}, or E,GUESSES,SHARPNESS")
+            raise ValueError(f"LAYERSKIP_EXIT is {given!r}; expected a number of layers from 1 to {layers - 1}, "
+                             "or E,GUESSES,SHARPNESS")
         early, guesses, sharpness = int(parts[1]), int(parts[2] or config.depth + 1), float(parts[3] or 1.0)
-    config = replace(config, depth=guesses - 1, trust=GraftConfig.trust, adjacency=True)   # calibrated beside a draft head, which knows far better
+    # calibrated beside a draft head, which knows far better
+    config = replace(config, depth=guesses - 1, trust=GraftConfig.trust, adjacency=True)
     return config, lambda: SkipDrafter(setup.model, early, sharpness), verify
 
 
@@ -63,9 +71,9 @@ def run(model: Model, layers, x: Tensor, positions: Tensor, cache: KVCache, mask
 
 
 class SkipDrafter(Drafter):
-    """Drafts with the first `early` layers and the head, whose logits are multiplied by `sharpness`: an exit that was never trained is
-    far too sure of itself, and would crowd out better nodes. Its cache is the target's: committed text is there already, and what
-    it drafts stands behind, root first, then `ran`, in the rows of those layers."""
+    """Drafts with the first `early` layers and the head, whose logits are multiplied by `sharpness`: an exit that was
+    never trained is far too sure of itself, and would crowd out better nodes. Its cache is the target's: committed text
+    is there already, and what it drafts stands behind, root first, then `ran`, in the rows of those layers."""
 
     def __init__(self, model: Model, early: int, sharpness: float = 1.0):
         self.model, self.early, self.sharpness = model, early, sharpness
@@ -88,13 +96,16 @@ class SkipDrafter(Drafter):
         finally:
             self.cache.length = length
 
-    def step(self, tokens: Tensor, hidden: Tensor | None, positions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        x = run(self.model, self.model.layers[:self.early], self.model.wide(self.model.embed_tokens(tokens)), positions, self.cache, mask)
+    def step(self, tokens: Tensor, hidden: Tensor | None, positions: Tensor,
+             mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = run(self.model, self.model.layers[:self.early], self.model.wide(self.model.embed_tokens(tokens)), positions,
+                self.cache, mask)
         self.exits.append(x)
         return self.model.lm_head(self.model.norm(x)) * self.sharpness, x
 
     def rows(self, tree: Tree) -> list[int | None]:
-        """For each node of a tree with the drafted root, which row behind the committed ones it has; None for one that never ran."""
+        """For each node of a tree with the drafted root, which row behind the committed ones it has; None for one that
+        never ran."""
         drafted, row = [0], {node: i for i, node in enumerate([0, *self.ran])}
         for parent, token in zip(tree.parents[1:], tree.tokens[1:]):
             drafted.append(self.tree.child.get((drafted[parent], token)))
@@ -107,7 +118,8 @@ def verify(model: Model, sequences: list[Sequence], trees: list[Tree]) -> list[t
 
 
 def verify_one(model: Model, sequence: Sequence, tree: Tree) -> tuple[list[int], list[int], Tensor, None]:
-    """A node's ancestors ran if it ran, so the reused nodes before the others is an order in which parents come first."""
+    """A node's ancestors ran if it ran, so the reused nodes before the others is an order in which parents come
+    first."""
     with sequence.stats.clock("verify"):
         drafter, cache, device, n = sequence.drafter, sequence.state.cache, model.device, len(tree)
         length, early, rows = cache.length, drafter.early, drafter.rows(tree)
@@ -122,7 +134,7 @@ def verify_one(model: Model, sequence: Sequence, tree: Tree) -> tuple[list[int],
         if new:
             x[:, new] = run(model, model.layers[:early], x[:, new], positions[:, new], cache, mask[new][:, order])
         cache.length = length
-        arrange(cache, [order.index(i) for i in range(n)])                # the rows of layers 0..early-1 in the tree's order
+        arrange(cache, [order.index(i) for i in range(n)])           # the rows of layers 0..early-1 in the tree's order
         x = run(model, model.layers[early:], x, positions, cache, mask)
         logits = model.lm_head(model.norm(x))[0]
         picks = sequence.sampler.pick(logits, tree)
@@ -137,8 +149,9 @@ def arrange(cache: KVCache, rows: list[int]) -> None:
 
 @torch.inference_mode()
 def calibrate(args) -> None:
-    """Score every E as variants/depth_pruned.py scores a draft: tokens per unit of cost, a target forward being one unit. The
-    sharpness is the one that gives the target's choices the highest likelihood (temperature scaling, arXiv 1706.04599)."""
+    """Score every E as variants/depth_pruned.py scores a draft: tokens per unit of cost, a target forward being one
+    unit. The sharpness is the one that gives the target's choices the highest likelihood (temperature scaling, arXiv
+    1706.04599)."""
     model = load_model(model_folder(args), dtype=getattr(torch, args.dtype), device=args.device)
     texts, exits = held_out(args, model.config), range(1, model.config.num_hidden_layers)
     agree, losses = {early: [] for early in exits}, torch.zeros(len(exits) + 1, len(SHARPNESS), dtype=torch.float64)
@@ -148,7 +161,8 @@ def calibrate(args) -> None:
         for early in exits:
             logits = model.lm_head(model.norm(states[early][0, start - 1:])).float()
             agree[early].append(logits.max(-1).indices == wanted)
-            losses[early] += torch.stack([F.cross_entropy(logits * sharpness, wanted, reduction="sum") for sharpness in SHARPNESS]).cpu()
+            losses[early] += torch.stack([F.cross_entropy(logits * sharpness, wanted, reduction="sum")
+                                          for sharpness in SHARPNESS]).cpu()
         print(f"\r{number + 1} of {len(texts)} texts ", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     scores = {early: chain_score(agree[early], forward_cost(model.config, early)) for early in exits}

@@ -1,5 +1,5 @@
-"""Tests of dflash.py and tools/train_dflash.py: parity with a drafter written from DESIGN.md without cache or batch, losslessness,
-what a tree holds, training against drafting, and damaged checkpoints."""
+"""Tests of dflash.py and tools/train_dflash.py: parity with a drafter written from DESIGN.md without cache or batch,
+losslessness, what a tree holds, training against drafting, and damaged checkpoints."""
 
 import json
 import math
@@ -24,21 +24,23 @@ import train_dflash  # noqa: E402
 from dflash import DFlash, DFlashDrafter, load_dflash, prepare  # noqa: E402
 from graft import GraftConfig, Sampler, Sequence, State, generate, run_rounds  # noqa: E402
 from model import CheckpointError, Model, checkpoint_layout, load_model  # noqa: E402
-from test_graft import LLAMA3, MODEL, ROPE, VOCAB, YARN, command, full_forward, plain_sampling, tiny, tokens_of  # noqa: E402
+from test_graft import (LLAMA3, MODEL, ROPE, VOCAB, YARN, command, full_forward, plain_sampling, tiny,  # noqa: E402
+                        tokens_of)
 from train_dflash import denoise, draw, new_net, save_dflash  # noqa: E402
 from train_eagle3 import write_shard  # noqa: E402
 from tree import ADJACENCY, DRAFT, NGRAM  # noqa: E402
 
 METHODS = ("dflash", "dflash_graft_tail", "dflash_graft")
 BLOCK, MASK, TAPS = 5, 30, (1, 2, 4)
-LAYER = [f"self_attn.{p}_proj" for p in "qkvo"] + ["self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-                                                   "input_layernorm", "post_attention_layernorm"]
+LAYER = [f"self_attn.{p}_proj" for p in "qkvo"] + ["self_attn.q_norm", "self_attn.k_norm", "mlp.gate_proj",
+                                                   "mlp.up_proj", "mlp.down_proj", "input_layernorm",
+                                                   "post_attention_layernorm"]
 
 
 def tiny_net(target: Model = MODEL, seed=2, block=BLOCK, layers=2, **changes) -> DFlash:
     torch.manual_seed(seed)
-    config = replace(target.config, num_hidden_layers=layers, num_attention_heads=6, num_key_value_heads=3, intermediate_size=40, qk_norm=True,
-                     **changes)
+    config = replace(target.config, num_hidden_layers=layers, num_attention_heads=6, num_key_value_heads=3,
+                     intermediate_size=40, qk_norm=True, **changes)
     net = DFlash(config, TAPS, block, MASK).double().requires_grad_(False)
     for name, value in net.named_parameters():
         value.copy_(torch.rand_like(value) + 0.5 if "norm" in name else torch.randn_like(value) * 0.3)
@@ -55,8 +57,10 @@ features_of = lambda text, target=MODEL: full_forward(target, text, taps=TAPS)[1
 
 
 def plain_dflash(w: dict, config, features, root: int) -> torch.Tensor:
-    """Logits [B - 1, V] of one block, token by token: features[i] is what the target felt at token i, the root comes after them."""
-    h, k, d, eps, n = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.rms_norm_eps, len(features)
+    """Logits [B - 1, V] of one block, token by token: features[i] is what the target felt at token i, the root comes
+    after them."""
+    h, k, d, eps, n = (config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.rms_norm_eps,
+                       len(features))
     norm = lambda x, weight: x / torch.sqrt((x * x).mean() + eps) * weight
 
     def rotate(x, position):
@@ -75,7 +79,8 @@ def plain_dflash(w: dict, config, features, root: int) -> torch.Tensor:
             heads = []
             for i in range(h):
                 query, shared = rotate(norm(part(x, "q", i), own["self_attn.q_norm"]), n + j), i // (h // k)
-                keys = [rotate(norm(part(y, "k", shared), own["self_attn.k_norm"]), position) for position, y in enumerate(context + entering)]
+                keys = [rotate(norm(part(y, "k", shared), own["self_attn.k_norm"]), position)
+                        for position, y in enumerate(context + entering)]
                 weights = torch.stack([query @ key / math.sqrt(d) for key in keys]).softmax(0)
                 heads.append(sum(weight * part(y, "v", shared) for weight, y in zip(weights, context + entering)))
             attended.append(own["self_attn.o_proj"] @ torch.cat(heads))
@@ -96,7 +101,8 @@ def saved(tmp_path_factory) -> Path:
 
 def test_a_published_checkpoint_is_a_plain_dflash_however_its_context_arrives(saved):
     w, net = load_file(saved / "model.safetensors"), load_dflash(saved, MODEL)
-    assert set(w) == {"fc.weight", "norm.weight", "hidden_norm.weight", *(f"layers.{i}.{name}.weight" for i in range(2) for name in LAYER)}
+    assert set(w) == {"fc.weight", "norm.weight", "hidden_norm.weight",
+                      *(f"layers.{i}.{name}.weight" for i in range(2) for name in LAYER)}
     assert (net.taps, net.block_size, net.mask_token_id) == (TAPS, BLOCK, MASK)
 
     @settings(max_examples=8)
@@ -113,7 +119,8 @@ def test_a_published_checkpoint_is_a_plain_dflash_however_its_context_arrives(sa
             logits, first = drafter.guess(root, BLOCK - 1), drafter.guess(root, 1)
             expected = plain_dflash(w, net.config, list(features[0]), root)
         assert expected.std() > 0.5 and logits.shape == (BLOCK - 1, VOCAB)
-        assert max((logits - expected).abs().max(), (first - expected[:1]).abs().max()) < 1e-5     # rotary angles are float32
+        # rotary angles are float32
+        assert max((logits - expected).abs().max(), (first - expected[:1]).abs().max()) < 1e-5
 
     check()
 
@@ -156,8 +163,8 @@ def test_training_runs_the_blocks_that_drafting_runs(texts, data):
 def plan_of(method: str, target: Model = MODEL, net: DFlash = NET, tuned=None, **fields):
     """What `prepare` plans, for a drafter that is not on disk."""
     base = GraftConfig(eos_token_ids=(), **fields)
-    setup = run.Setup(model=target, head=None, text=None, method=method, base=base, chat=False, system=None, corpus=[], tuned=tuned or {},
-                      folder=Path(), draft=str(ROOT), window=None, store=None, warm=None)
+    setup = run.Setup(model=target, head=None, text=None, method=method, base=base, chat=False, system=None, corpus=[],
+                      tuned=tuned or {}, folder=Path(), draft=str(ROOT), window=None, store=None, warm=None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dflash, "_load", lambda folder, model: net)
         return prepare(setup, method)
@@ -168,29 +175,35 @@ def test_scores_are_products_of_each_positions_probabilities(text, root, top_k, 
     drafter, sampler = DFlashDrafter(NET, MODEL), Sampler(GraftConfig(temperature=temperature), VOCAB, "cpu")
     drafter.observe(features_of(text), torch.tensor([text + [root]]))
     sampler.read(text + [root])
-    leaning = [sampler.lean(row, i, torch.arange(VOCAB))[0].tolist() for i, row in enumerate(drafter.guess(root, BLOCK - 1).split(1))]
+    leaning = [sampler.lean(row, i, torch.arange(VOCAB))[0].tolist()
+               for i, row in enumerate(drafter.guess(root, BLOCK - 1).split(1))]
     sizes = []
     for tree in drafter.expand(root, depth, top_k, sampler):
         sizes.append(len(tree))
     steps = min(depth + 1, BLOCK - 1)
-    assert sizes == [1 + top_k + i * top_k**2 for i in range(steps)] and max(tree.depths) == steps     # a tree after each position
+    # a tree after each position
+    assert sizes == [1 + top_k + i * top_k**2 for i in range(steps)] and max(tree.depths) == steps
     below, best = {0}, lambda i: sorted(range(VOCAB), key=lambda token: -leaning[i][token])[:top_k]
     for i in range(steps):
         level = [node for node in range(1, len(tree)) if tree.depths[node] == i + 1]
         assert {tree.parents[node] for node in level} == below
         for parent in below:
-            assert [tree.tokens[node] for node in level if tree.parents[node] == parent] == best(i)      # so siblings differ
+            # so siblings differ
+            assert [tree.tokens[node] for node in level if tree.parents[node] == parent] == best(i)
         for node in level:
-            assert abs(tree.scores[node] - sum(leaning[j][tree.tokens[step]] for j, step in enumerate(tree.path(node)))) < 1e-5
+            assert abs(tree.scores[node] - sum(leaning[j][tree.tokens[step]]
+                                               for j, step in enumerate(tree.path(node)))) < 1e-5
         below = set(sorted(level, key=lambda node: -tree.scores[node])[:top_k])
 
 
 @settings(max_examples=60)
-@given(st.sampled_from(METHODS), st.integers(0, 2), tokens_of(1, 9), st.sampled_from([0.0, 0.8]), st.integers(1, 24), st.integers(1, 16), st.data())
+@given(st.sampled_from(METHODS), st.integers(0, 2), tokens_of(1, 9), st.sampled_from([0.0, 0.8]), st.integers(1, 24),
+       st.integers(1, 16), st.data())
 def test_every_method_is_plain_decoding(method, seed, prompt, temperature, new, budget, data):
     target = tiny(seed, qk_norm=data.draw(st.booleans()))
     tuned = data.draw(st.sampled_from([{}, {"graft": {"verify_cost": tuple(0.02 * n for n in range(budget + 1))}}]))
-    config, new_drafter = plan_of(method, target, tiny_net(target, block=data.draw(st.integers(2, 9))), tuned, max_new_tokens=new, budget=budget,
+    config, new_drafter = plan_of(method, target, tiny_net(target, block=data.draw(st.integers(2, 9))), tuned,
+                                  max_new_tokens=new, budget=budget,
                                   temperature=temperature, seed=seed, draft_top_k=data.draw(st.integers(1, 5)))
     expected, state = plain_sampling(target, prompt, new, config), State(target, new_drafter())
     for _ in range(2):                                                             # cold, then warm stores
@@ -199,12 +212,14 @@ def test_every_method_is_plain_decoding(method, seed, prompt, temperature, new, 
         for step in steps[1:]:
             assert len(step.tree) - 1 <= budget
             if method == "dflash":
-                assert step.tree.parents == list(range(-1, len(step.tree) - 1)) and set(step.tree.sources[1:]) <= {DRAFT}
-            if method == "dflash_graft_tail":                                      # the chain's confident part, and what grows from its end
+                assert (step.tree.parents == list(range(-1, len(step.tree) - 1))
+                        and set(step.tree.sources[1:]) <= {DRAFT})
+            if method == "dflash_graft_tail":                  # the chain's confident part, and what grows from its end
                 chain = [i for i, source in enumerate(step.tree.sources) if source == DRAFT]
                 assert chain == list(range(1, len(chain) + 1))
                 assert all(math.exp(step.tree.scores[i]) >= dflash.CONFIDENT for i in chain)
-                assert all(parent >= len(chain) for parent, source in zip(step.tree.parents, step.tree.sources) if source in (NGRAM, ADJACENCY))
+                assert all(parent >= len(chain) for parent, source in zip(step.tree.parents, step.tree.sources)
+                           if source in (NGRAM, ADJACENCY))
 
 
 @settings(max_examples=10)
@@ -245,7 +260,7 @@ def test_the_features_layers_are_spread_evenly_by_default(layers, expected, tmp_
     save(tmp_path, net)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["dflash_config"]["target_layer_ids"], config["num_target_layers"]
-    config |= config.pop("dflash_config")                                          # newer checkpoints have no inner object
+    config |= config.pop("dflash_config")                                       # newer checkpoints have no inner object
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_dflash(tmp_path, MODEL).taps == expected
 
@@ -264,13 +279,15 @@ def test_a_draft_vocabulary_guesses_its_own_tokens_alone(tied, tmp_path):
     save(tmp_path / "whole", net)
     net.register_buffer("d2t", own - torch.arange(6))
     net.ids = own
-    nets, text = [load_dflash(folder, target) for folder in (tmp_path / "whole", save(tmp_path / "part", net))], [5, 1, 2]
+    nets, text = ([load_dflash(folder, target) for folder in (tmp_path / "whole", save(tmp_path / "part", net))],
+                  [5, 1, 2])
     logits = []
     for each in nets:
         drafter = DFlashDrafter(each, target)
         drafter.observe(features_of(text, target), torch.tensor([text + [7]]))
         logits.append(drafter.guess(7, BLOCK - 1))
-    assert logits[1].shape == (BLOCK - 1, 6) and torch.allclose(logits[0][:, own], logits[1], atol=1e-12) and (nets[1].head is not None) == tied
+    assert (logits[1].shape == (BLOCK - 1, 6) and torch.allclose(logits[0][:, own], logits[1], atol=1e-12)
+            and (nets[1].head is not None) == tied)
     *_, tree = drafter.expand(7, 3, 4, Sampler(GraftConfig(), VOCAB, "cpu"))
     assert set(tree.tokens[1:]) <= set(own.tolist())
     net.d2t[-1] = VOCAB
@@ -297,9 +314,10 @@ def test_a_damaged_tensor_is_named(change, named, tmp_path):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("architectures", ["Qwen3ForCausalLM"]), ("vocab_size", 32), ("hidden_size", 16), ("num_target_layers", 7), ("block_size", 1), ("block_size", None),
-    ("block_size", True), ("mask_token_id", VOCAB), ("mask_token_id", None), ("target_layer_ids", [1, 6]), ("target_layer_ids", []),
-    ("target_layer_ids", 3), ("dflash_config", 7), ("layer_types", ["sliding_attention"] * 2), ("is_causal", True), ("output_multiplier", 2.0)])
+    ("architectures", ["Qwen3ForCausalLM"]), ("vocab_size", 32), ("hidden_size", 16), ("num_target_layers", 7),
+    ("block_size", 1), ("block_size", None), ("block_size", True), ("mask_token_id", VOCAB), ("mask_token_id", None),
+    ("target_layer_ids", [1, 6]), ("target_layer_ids", []), ("target_layer_ids", 3), ("dflash_config", 7),
+    ("layer_types", ["sliding_attention"] * 2), ("is_causal", True), ("output_multiplier", 2.0)])
 def test_a_bad_field_is_named(field, value, tmp_path):
     config = json.loads((save(tmp_path) / "config.json").read_text())
     (config["dflash_config"] if field in config["dflash_config"] else config)[field] = value
@@ -318,7 +336,8 @@ def test_without_a_drafter_one_line_says_how_to_make_one(monkeypatch, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------- training
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(8, 30)), min_size=1, max_size=5), st.integers(1, 6), st.integers(0, 99))
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(8, 30)), min_size=1, max_size=5), st.integers(1, 6),
+       st.integers(0, 99))
 def test_roots_lie_in_answers_and_guesses_inside_the_text(lengths, spacing, seed):
     kind = torch.zeros(len(lengths), max(map(sum, lengths)), dtype=torch.int8)
     for row, (answer_from, size) in enumerate(lengths):
@@ -329,18 +348,21 @@ def test_roots_lie_in_answers_and_guesses_inside_the_text(lengths, spacing, seed
         for root, places, there in zip(roots[row].tolist(), after[row].tolist(), inside[row].tolist()):
             end = answer_from + size - 1                                           # the last token has no successor
             assert there == [root + j < end for j in range(BLOCK - 1)]
-            assert [place for place, valid in zip(places, there) if valid] == list(range(root, min(root + BLOCK - 1, end)))
+            assert ([place for place, valid in zip(places, there) if valid]
+                    == list(range(root, min(root + BLOCK - 1, end))))
 
 
 def save_target(folder: Path, target: Model) -> None:
     layout, w = checkpoint_layout(target), {}
     for name, value in target.state_dict().items():
         pieces = layout.get(name, {name: tuple(value.shape)})
-        w |= {piece: own.contiguous() for piece, own in zip(pieces, value.split([shape[0] for shape in pieces.values()]))}
+        w |= {piece: own.contiguous()
+              for piece, own in zip(pieces, value.split([shape[0] for shape in pieces.values()]))}
     save_file(w, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "rope_theta": 10000.0} | {
-        name: getattr(target.config, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                                                        "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings")}))
+        name: getattr(target.config, name)
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings")}))
 
 
 def test_training_learns_continues_and_writes_what_drafts(tmp_path, monkeypatch, capsys):
@@ -352,21 +374,25 @@ def test_training_learns_continues_and_writes_what_drafts(tmp_path, monkeypatch,
     for _ in range(24):
         text = torch.randint(0, VOCAB - 1, (4,), generator=rng).tolist()           # the last token stays unused
         text += plain_sampling(target, text, 20, GraftConfig())
-        conversations.append((torch.tensor(text, dtype=torch.int32), 4, full_forward(target, text, taps=(1, 2, 2, 5))[1][0].bfloat16()))
-    for shard in range(2):                                                         # validated on what it learns: the target is random
+        conversations.append((torch.tensor(text, dtype=torch.int32), 4,
+                              full_forward(target, text, taps=(1, 2, 2, 5))[1][0].bfloat16()))
+    for shard in range(2):                                           # validated on what it learns: the target is random
         write_shard(tmp_path / f"shard-{shard:05d}.safetensors", conversations)
-    arguments = ["--model", str(tmp_path / "target"), "--data", str(tmp_path), "--device", "cpu", "--out", str(tmp_path / "out"),
-                 "--layers", "1", "--block", "4", "--batch-tokens", "72", "--validate", "100", "--lr", "0.05"]
+    arguments = ["--model", str(tmp_path / "target"), "--data", str(tmp_path), "--device", "cpu",
+                 "--out", str(tmp_path / "out"), "--layers", "1", "--block", "4", "--batch-tokens", "72",
+                 "--validate", "100", "--lr", "0.05"]
     for tokens in (12000, 24000):
         monkeypatch.setattr(sys, "argv", ["train_dflash.py", *arguments, "--tokens", str(tokens)])
         train_dflash.main()
     assert "continuing after" in capsys.readouterr().out
     history = json.loads((tmp_path / "out" / "training.json").read_text())["held_out"]
     first, last = history[0], history[-1]
-    assert last["tokens"] >= 24000 and last["loss"] < 0.85 * first["loss"] and last["accepted"][0] > 0.45 > first["accepted"][0]
+    assert (last["tokens"] >= 24000 and last["loss"] < 0.85 * first["loss"]
+            and last["accepted"][0] > 0.45 > first["accepted"][0])
     net = load_dflash(tmp_path / "out", MODEL)
     assert (net.block_size, net.taps) == (4, (1, 2, 2)) and len(net.ids) == VOCAB
-    again = ["--name", "again", "--start", str(tmp_path / "out"), "--out", str(tmp_path / "again"), "--tokens", "100", "--lr", "0"]
+    again = ["--name", "again", "--start", str(tmp_path / "out"), "--out", str(tmp_path / "again"),
+             "--tokens", "100", "--lr", "0"]
     monkeypatch.setattr(sys, "argv", ["train_dflash.py", *arguments, *again])
     train_dflash.main()                                                            # goes on from a finished one
     accepted = json.loads((tmp_path / "again" / "training.json").read_text())["held_out"][0]["accepted"]
@@ -402,10 +428,12 @@ def test_a_compiled_block_is_the_block():
 
 def test_bench_drafts_blocks_for_the_demo_model(tmp_path):
     target = load_model(train_dflash.model_folder(Namespace(model=None)), dtype=torch.bfloat16, pack=False)
-    save_dflash(new_net(target, (1, 14, 26), 1, 8, 16, torch.arange(0, 49152, 6)), tmp_path / "net", {"target_layers": 30})
+    save_dflash(new_net(target, (1, 14, 26), 1, 8, 16, torch.arange(0, 49152, 6)), tmp_path / "net",
+                {"target_layers": 30})
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": 0, "task": "t", "turns": ["List three fruits."]}))
-    done = command("bench", "--prompts", str(tmp_path / "p.jsonl"), "--methods", ",".join(METHODS), "--draft", str(tmp_path / "net"),
-                   "--dtype", "float32", "--max-new-tokens", "16", "--json", str(tmp_path / "out.json"))
+    done = command("bench", "--prompts", str(tmp_path / "p.jsonl"), "--methods", ",".join(METHODS),
+                   "--draft", str(tmp_path / "net"), "--dtype", "float32", "--max-new-tokens", "16",
+                   "--json", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert all(report["lossless"][method] == {"identical": 1, "near_tie": 0, "different": 0} for method in METHODS)

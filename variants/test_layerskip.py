@@ -17,7 +17,8 @@ from graft import AdjacencyMatrix, GraftConfig, NGramIndex, Sequence, State, pre
 from layerskip import SkipDrafter, prepare, verify  # noqa: E402
 from model import Layer  # noqa: E402
 from test_depth_pruned import write_text  # noqa: E402
-from test_graft import MODEL, VOCAB, demo, full_forward, plain_greedy, plain_sampling, tiny, tokens_of  # noqa: E402, F401
+from test_graft import (MODEL, VOCAB, demo, full_forward, plain_greedy, plain_sampling, tiny,  # noqa: E402, F401
+                        tokens_of)
 from tree import DRAFT, NGRAM, Tree  # noqa: E402
 
 LAYERS = MODEL.config.num_hidden_layers
@@ -25,23 +26,26 @@ LAYERS = MODEL.config.num_hidden_layers
 
 def texts_of(model, prompts, config, states) -> list[list[int]]:
     texts = [[] for _ in prompts]
-    for i, step in run_rounds(model, [Sequence(model, prompt, config, state) for prompt, state in zip(prompts, states)], verify):
+    for i, step in run_rounds(model, [Sequence(model, prompt, config, state) for prompt, state in zip(prompts, states)],
+                              verify):
         texts[i] += step.tokens
     return texts
 
 
 @settings(max_examples=60)
-@given(st.sampled_from(["eagle", "prune", "graft", "graft_root", "graft_unpruned", "graft_tail"]), st.integers(1, LAYERS - 1), st.integers(0, 2),
-       tokens_of(1, 8), st.sampled_from([0.0, 0.8]), st.integers(0, 9), st.data())
+@given(st.sampled_from(["eagle", "prune", "graft", "graft_root", "graft_unpruned", "graft_tail"]),
+       st.integers(1, LAYERS - 1), st.integers(0, 2), tokens_of(1, 8), st.sampled_from([0.0, 0.8]),
+       st.integers(0, 9), st.data())
 def test_every_turn_is_plain_decoding(method, early, weights, prompt, temperature, seed, data):
     model = tiny(weights, qk_norm=data.draw(st.booleans()))
     budget = data.draw(st.integers(1, 16))
-    config = GraftConfig(method=method, max_new_tokens=data.draw(st.integers(1, 14)), budget=budget, depth=data.draw(st.integers(0, 4)), eos_token_ids=(),
-                         draft_top_k=data.draw(st.integers(1, 5)), temperature=temperature, seed=seed, prefill_chunk=data.draw(st.integers(1, 9)),
+    config = GraftConfig(method=method, max_new_tokens=data.draw(st.integers(1, 14)), budget=budget,
+                         depth=data.draw(st.integers(0, 4)), eos_token_ids=(), draft_top_k=data.draw(st.integers(1, 5)),
+                         temperature=temperature, seed=seed, prefill_chunk=data.draw(st.integers(1, 9)),
                          thresholds=data.draw(st.sampled_from([(0.0, 0.0, 0.0), (0.3, 0.2, 0.1)])),
                          verify_cost=data.draw(st.sampled_from([(), tuple(0.02 * n for n in range(budget + 1))])))
     state = State(model, SkipDrafter(model, early), AdjacencyMatrix(VOCAB, 4), NGramIndex())
-    for turn in range(3):                                                          # cold, then warm; the last forgets half of the text
+    for turn in range(3):                                           # cold, then warm; the last forgets half of the text
         expected = plain_sampling(model, prompt, config.max_new_tokens, config)
         assert texts_of(model, [prompt], config, [state]) == [expected]
         prompt = (prompt + expected)[:len(prompt) // 2 + 1 if turn == 1 else 40] + [turn]
@@ -55,7 +59,8 @@ def test_a_batch_is_each_prompt_alone(prompts, early):
 
 
 @given(st.integers(1, LAYERS - 1), tokens_of(1, 8), st.integers(0, 3), st.integers(1, 4), st.data())
-def test_verification_runs_early_layers_for_new_nodes_only_and_its_logits_and_rows_are_a_full_forwards(early, prompt, depth, top_k, data):
+def test_verification_runs_early_layers_for_new_nodes_only_and_its_logits_and_rows_are_a_full_forwards(
+        early, prompt, depth, top_k, data):
     sequence = Sequence(MODEL, prompt, GraftConfig(max_new_tokens=30), State(MODEL, SkipDrafter(MODEL, early)))
     ran = [0] * LAYERS                                                             # tokens that went through each layer
     whole = Layer.forward
@@ -73,7 +78,7 @@ def test_verification_runs_early_layers_for_new_nodes_only_and_its_logits_and_ro
         cache, parents = sequence.state.cache, set(drafted.parents)
         assert cache.length == len(prompt)
         assert ran == [1 + depth * top_k if depth else 1] * early + [0] * (LAYERS - early)
-        tree = Tree.rooted(sequence.root)                                      # what of it survives, in any order, with other nodes
+        tree = Tree.rooted(sequence.root)                          # what of it survives, in any order, with other nodes
         kept = {0: 0}
         for node in data.draw(st.lists(st.integers(1, len(drafted) - 1), max_size=9, unique=True)):
             for above in drafted.path(node):
@@ -82,10 +87,11 @@ def test_verification_runs_early_layers_for_new_nodes_only_and_its_logits_and_ro
             tree.add(data.draw(st.integers(0, VOCAB - 1)), data.draw(st.integers(0, len(tree) - 1)), 0.0, NGRAM)
         ran[:] = [0] * LAYERS
         [(path, picks, logits, _)] = verify(MODEL, [sequence], [tree])
-        node, reused = {0: 0}, 0                                               # nodes of `tree` that the beam had run: known by their tokens
+        node, reused = {0: 0}, 0                          # nodes of `tree` that the beam had run: known by their tokens
         for i in range(len(tree)):
             walked = tuple(tree.tokens[j] for j in tree.path(i))
-            reused += any(walked == tuple(drafted.tokens[j] for j in drafted.path(r)) for r in {0, *sequence.drafter.ran})
+            reused += any(walked == tuple(drafted.tokens[j] for j in drafted.path(r))
+                          for r in {0, *sequence.drafter.ran})
         assert parents - {-1} <= {0, *sequence.drafter.ran} and reused >= 1
         assert ran == [len(tree) - reused] * early + [len(tree)] * (LAYERS - early)
     for leaf in tree.leaves():
@@ -102,13 +108,15 @@ def test_verification_runs_early_layers_for_new_nodes_only_and_its_logits_and_ro
 
 
 def test_calibration_scores_an_exit_as_the_model_without_the_layers_behind_it(tmp_path, monkeypatch, capsys):
-    args = SimpleNamespace(model=None, text=write_text(tmp_path, MODEL, 6), conversations=6, device="cpu", dtype="float64")
+    args = SimpleNamespace(model=None, text=write_text(tmp_path, MODEL, 6), conversations=6, device="cpu",
+                           dtype="float64")
     monkeypatch.setattr(layerskip, "model_folder", lambda args: tmp_path)
     monkeypatch.setattr(layerskip, "load_model", lambda folder, **kwargs: MODEL)
     layerskip.calibrate(args)
     lines = capsys.readouterr().out.splitlines()
     texts = depth_pruned.held_out(args, MODEL.config)
-    expected = [depth_pruned.agreement(MODEL, depth_pruned.prune(MODEL, tuple(range(early, LAYERS))), texts) for early in range(1, LAYERS)]
+    expected = [depth_pruned.agreement(MODEL, depth_pruned.prune(MODEL, tuple(range(early, LAYERS))), texts)
+                for early in range(1, LAYERS)]
     for early, line in enumerate(lines[:-1], 1):
         losses = dict.fromkeys(layerskip.SHARPNESS, 0.0)
         for tokens, start in texts:
@@ -130,13 +138,18 @@ def test_a_bad_exit_is_named(given, monkeypatch):
         prepare(SimpleNamespace(model=MODEL, configure=lambda method: GraftConfig(method=method)), "layerskip")
 
 
-@pytest.mark.parametrize("method, early, depth", [("layerskip", None, None), ("layerskip", 26, 3), ("layerskip_graft", None, None), ("layerskip_graft", 26, 3)])
+@pytest.mark.parametrize("method, early, depth", [("layerskip", None, None), ("layerskip", 26, 3),
+                                                  ("layerskip_graft", None, None), ("layerskip_graft", 26, 3)])
 def test_the_demo_model_says_what_plain_decoding_says(demo, method, early, depth, monkeypatch):  # noqa: F811
     if early:
         monkeypatch.setenv("LAYERSKIP_EXIT", str(early))
     ids = demo.ids([{"role": "user", "content": "Count from one to twenty in words."}])
     plain, plan = demo.plan("ar"), demo.plan(method)
     plan.config = replace(plan.config, depth=plan.config.depth if depth is None else depth)
-    expected = [t for _, step in run_rounds(demo.model, [Sequence(demo.model, ids, replace(plain.config, max_new_tokens=32), demo.state(plain))]) for t in step.tokens]
-    steps = [step for _, step in run_rounds(demo.model, [Sequence(demo.model, ids, replace(plan.config, max_new_tokens=32), demo.state(plan))], plan.verify)]
+    expected = [t for _, step in run_rounds(
+        demo.model, [Sequence(demo.model, ids, replace(plain.config, max_new_tokens=32), demo.state(plain))])
+        for t in step.tokens]
+    steps = [step for _, step in run_rounds(
+        demo.model, [Sequence(demo.model, ids, replace(plan.config, max_new_tokens=32), demo.state(plan))],
+        plan.verify)]
     assert [t for step in steps for t in step.tokens] == expected and steps[-1].stats.accepted[DRAFT] > 0

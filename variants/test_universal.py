@@ -1,7 +1,7 @@
 """Tests of variants/universal.py: no byte is lost between two tokenizers, and the output is that of plain decoding.
 
-The toy tokenizers are byte-level BPE of different vocabulary, splitting, normalizer and control tokens; the models are tiny, random
-and in float64, so their text is mostly broken characters.
+The toy tokenizers are byte-level BPE of different vocabulary, splitting, normalizer and control tokens; the models are
+tiny, random and in float64, so their text is mostly broken characters.
 """
 
 import math
@@ -30,8 +30,9 @@ SAMPLE = ("Hello, the sky isn't blue 2024.  def f(x):\n    return x + 1\n日本�
 def toy(size, control, splitter, normalizer=None, more=""):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = splitter, decoders.ByteLevel()
-    tokenizer.train_from_iterator([SAMPLE + more], trainers.BpeTrainer(vocab_size=size, special_tokens=control, show_progress=False,
-                                                                    initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator([SAMPLE + more],
+                                  trainers.BpeTrainer(vocab_size=size, special_tokens=control, show_progress=False,
+                                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.encode_special_tokens = True
     if normalizer:
         tokenizer.normalizer = normalizer
@@ -40,13 +41,17 @@ def toy(size, control, splitter, normalizer=None, more=""):
 
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 DRAFT = toy(330, ["<|end|>", "<|only draft|>"], GPT2, more=" 日 🙂" * 9)
-TARGET = toy(290, ["<|start|>", "<|end|>"], pre_tokenizers.Sequence([pre_tokenizers.Digits(True), GPT2]), normalizers.NFKC())
-WHOLE = toy(330, ["<|end|>"], pre_tokenizers.ByteLevel(add_prefix_space=True))     # adds a space, so its splitting cannot be used
+TARGET = toy(290, ["<|start|>", "<|end|>"], pre_tokenizers.Sequence([pre_tokenizers.Digits(True), GPT2]),
+             normalizers.NFKC())
+# adds a space, so its splitting cannot be used
+WHOLE = toy(330, ["<|end|>"], pre_tokenizers.ByteLevel(add_prefix_space=True))
 PAIR = Translator(ByteTokenizer(DRAFT), ByteTokenizer(TARGET), 330)
 DRAFTER = tiny(5, context=40, vocab_size=330)
-pieces = st.sampled_from([*SAMPLE, *SAMPLE.split(" "), " ", "   ", "\n", "'", "'ll", "<|end|>", "<|only draft|>", "\u0301", "\ufb01", "\x00"])
+pieces = st.sampled_from([*SAMPLE, *SAMPLE.split(" "), " ", "   ", "\n", "'", "'ll", "<|end|>", "<|only draft|>",
+                          "\u0301", "\ufb01", "\x00"])
 texts = st.lists(st.one_of(pieces, st.text(max_size=4)), max_size=14).map("".join)
-anything = st.one_of(texts.map(str.encode), st.binary(max_size=20), st.tuples(texts, st.integers(0, 3)).map(lambda t: t[0].encode()[t[1]:]))
+anything = st.one_of(texts.map(str.encode), st.binary(max_size=20),
+                     st.tuples(texts, st.integers(0, 3)).map(lambda t: t[0].encode()[t[1]:]))
 
 
 @pytest.mark.parametrize("tokenizer", [DRAFT, TARGET, WHOLE])
@@ -65,14 +70,15 @@ def test_text_is_split_as_the_tokenizer_itself_does(text):
 
 @given(anything, st.data())
 def test_a_drafted_chain_becomes_target_tokens_of_the_same_bytes(data, choose):
-    tokens = PAIR.draft.encode(data) if choose.draw(st.booleans()) else choose.draw(st.lists(st.sampled_from(list(PAIR.plain)), max_size=12))
+    tokens = (PAIR.draft.encode(data) if choose.draw(st.booleans())
+              else choose.draw(st.lists(st.sampled_from(list(PAIR.plain)), max_size=12)))
     scores = [-0.5 * (i + 1) for i in range(len(tokens))]
     last = choose.draw(st.sampled_from([None, *PAIR.draft.control.values()]))
     out, parents, got = PAIR.branch([*zip(map(PAIR.plain.get, tokens), scores)], last if tokens else None)
     if tokens and last in PAIR.namesake:
         assert out.pop() == TARGET.token_to_id("<|end|>") and got.pop() == scores[-1] and parents.pop() == len(out) - 1
     assert PAIR.target.spell(out) == PAIR.draft.spell(tokens) and parents == list(range(-1, len(out) - 1))
-    for end, score in zip(PAIR.target.ends(out), got):                                  # no token before all its bytes are drafted
+    for end, score in zip(PAIR.target.ends(out), got):                       # no token before all its bytes are drafted
         assert score == next(s for place, s in zip(PAIR.draft.ends(tokens), scores) if place >= end)
 
 
@@ -87,8 +93,9 @@ def whole_view(tokens: list[int]) -> list[int]:
     return out + PAIR.draft.encode(run)
 
 
-@given(st.one_of(anything.map(PAIR.target.encode), st.lists(st.integers(0, 289), max_size=30)), st.integers(1, 4), st.integers(0, 30))
-@example(PAIR.target.tokens(list("ab'll")), 1, 3)                                       # "'" + "l" are two words, "'ll" is one
+@given(st.one_of(anything.map(PAIR.target.encode), st.lists(st.integers(0, 289), max_size=30)), st.integers(1, 4),
+       st.integers(0, 30))
+@example(PAIR.target.tokens(list("ab'll")), 1, 3)                                # "'" + "l" are two words, "'ll" is one
 def test_the_drafts_view_of_a_growing_text_is_that_of_the_whole(tokens, step, kept):
     drafter = UniversalDrafter(DRAFTER, PAIR)
     for at in range(0, len(tokens), step):
@@ -101,26 +108,30 @@ def test_the_drafts_view_of_a_growing_text_is_that_of_the_whole(tokens, step, ke
 def test_a_word_at_the_border_may_begin_a_longer_token_where_the_target_would_have_stopped_there():
     longer = lambda word, pair=PAIR: {pair.plain[i] for _, i in pair.longer(word, torch.zeros(330), 330)}
     assert "日".encode() in PAIR.draft.spelled.values() and "日".encode() not in PAIR.target.spelled.values()
-    assert longer("日".encode()[:1]) and all(data.startswith("日".encode()[:1]) and len(data) > 1 for data in longer("日".encode()[:1]))
+    assert longer("日".encode()[:1]) and all(data.startswith("日".encode()[:1]) and len(data) > 1
+                                            for data in longer("日".encode()[:1]))
     same = Translator(ByteTokenizer(DRAFT), ByteTokenizer(DRAFT), 330)
     whole = [data for data in same.plain.values() if data.decode("utf-8", "ignore").encode() == data]
-    assert not any(data in whole for word in whole for data in longer(word, same))      # it would not have stopped within its own tokens
+    # it would not have stopped within its own tokens
+    assert not any(data in whole for word in whole for data in longer(word, same))
     assert any(data.startswith(word) for word in whole for data in whole if data != word)
 
 
 # ----------------------------------------------------------------------------------------------------------- lossless
 
 @settings(max_examples=40)
-@given(st.sampled_from(["eagle", "prune", "graft", "graft_tail"]), st.integers(0, 2), st.lists(st.integers(0, 289), min_size=1, max_size=12),
-       st.integers(0, 7), st.integers(1, 5), st.sampled_from([0.0, 0.8]), st.sampled_from([(), tuple(0.02 * n for n in range(9))]))
+@given(st.sampled_from(["eagle", "prune", "graft", "graft_tail"]), st.integers(0, 2),
+       st.lists(st.integers(0, 289), min_size=1, max_size=12), st.integers(0, 7), st.integers(1, 5),
+       st.sampled_from([0.0, 0.8]), st.sampled_from([(), tuple(0.02 * n for n in range(9))]))
 def test_it_is_plain_decoding(method, seed, prompt, depth, top_k, temperature, cost):
     model = tiny(seed, vocab_size=290)
     fields = dict(max_new_tokens=20, temperature=temperature, eos_token_ids=())
-    config = GraftConfig(method=method, budget=8, depth=depth, draft_top_k=top_k, verify_cost=cost, prefill_chunk=5, **fields)
+    config = GraftConfig(method=method, budget=8, depth=depth, draft_top_k=top_k, verify_cost=cost,
+                         prefill_chunk=5, **fields)
     expected = collect(model, prompt, GraftConfig(method="ar", **fields))[0]
     assert temperature or expected == plain_greedy(model, prompt, 20)[0]
     state = State(model, UniversalDrafter(DRAFTER, PAIR))
-    for _ in range(2):                                                                  # cold, then warm stores and a rewound draft
+    for _ in range(2):                                                      # cold, then warm stores and a rewound draft
         assert collect(model, prompt, config, state=state)[0] == expected
 
 
@@ -135,13 +146,14 @@ def test_the_drafts_cache_is_a_fresh_forward_and_reads_only_what_is_new(tokens, 
         widths.clear()
         tree, = drafter.expand(root, depth, 3, sampler)
         assert len(tree) > 1 and tree.tokens[0] == root and len(widths) <= depth + 2
-        if len(view) + depth + 1 <= 40:                                                 # the whole text fits the draft's context
+        if len(view) + depth + 1 <= 40:                                        # the whole text fits the draft's context
             assert widths[0] <= len(view) - min(known, len(view) - 1 - universal.HELD) + 1
         rows = DRAFTER.new_cache(64)
         n = drafter.cache.length
         with torch.inference_mode():
             DRAFTER(torch.tensor([drafter.cached]), torch.arange(n)[None], rows)
-        assert n == len(drafter.cached) <= 40 and (drafter.cache.keys[:, :, :, :n] - rows.keys[:, :, :, :n]).abs().max() < 1e-9
+        assert (n == len(drafter.cached) <= 40
+                and (drafter.cache.keys[:, :, :, :n] - rows.keys[:, :, :, :n]).abs().max() < 1e-9)
 
 
 def plain_expand(model, tokens: list[int], depth: int, top_k: int) -> dict[tuple, float]:
@@ -157,21 +169,25 @@ def plain_expand(model, tokens: list[int], depth: int, top_k: int) -> dict[tuple
     def logprobs(ids):
         return full_forward(model, ids)[0][0, -1].masked_fill(PAIR.mute, -torch.inf).log_softmax(-1)
 
-    spelled, options = PAIR.draft.spell(last), []               # (score, draft tokens of the text and the guess, bytes of the guess)
+    spelled, options = PAIR.draft.spell(last), []  # (score, draft tokens of the text and the guess, bytes of the guess)
     if last:
         row = logprobs(before)
-        likely = sorted((i for i, data in PAIR.plain.items() if data.startswith(spelled) and data != spelled), key=lambda i: -row[i])[:top_k]
+        likely = sorted((i for i, data in PAIR.plain.items() if data.startswith(spelled) and data != spelled),
+                        key=lambda i: -row[i])[:top_k]
         fits = lambda tokens: any(PAIR.target.spell(tokens[:n]) == spelled for n in range(len(tokens)))
-        options = [(float(row[i]), before + [i], PAIR.plain[i][len(spelled):]) for i in likely if fits(PAIR.target.encode(PAIR.plain[i]))]
+        options = [(float(row[i]), before + [i], PAIR.plain[i][len(spelled):])
+                   for i in likely if fits(PAIR.target.encode(PAIR.plain[i]))]
     stays = sum(float(logprobs(before + last[:i])[token]) for i, token in enumerate(last)) if options else 0.0
     whole = math.log(sum(math.exp(score) for score, *_ in options) + math.exp(stays))
     options, score, ids, chain = [(score - whole, *rest) for score, *rest in options], stays - whole, before + last, []
     paths, branches = {}, []
     for step in range(depth + 1):
         row = logprobs(ids)
-        options += [(score + float(row[i]), ids + [i], PAIR.plain.get(i, b"")) for i in sorted(range(len(row)), key=lambda i: -row[i])[:top_k]]
+        options += [(score + float(row[i]), ids + [i], PAIR.plain.get(i, b""))
+                    for i in sorted(range(len(row)), key=lambda i: -row[i])[:top_k]]
         (score, ids, data), *rivals = sorted(options, reverse=True)[:top_k]
-        branches += [PAIR.branch([*chain, (guess, value)], other[-1]) for value, other, guess in rivals if value > universal.LEAST]
+        branches += [PAIR.branch([*chain, (guess, value)], other[-1])
+                     for value, other, guess in rivals if value > universal.LEAST]
         chain, options = [*chain, (data, score)], []
         if ids[-1] in PAIR.namesake or score < universal.LEAST:
             break
@@ -183,7 +199,8 @@ def plain_expand(model, tokens: list[int], depth: int, top_k: int) -> dict[tuple
 
 @given(st.one_of(anything.map(PAIR.target.encode), st.lists(st.integers(0, 289), max_size=12)), st.integers(0, 289),
        st.integers(0, 4), st.integers(1, 5))
-@example(PAIR.target.encode("a 日".encode()[:3]), PAIR.target.encode("日".encode()[1:2])[0], 2, 5)     # two thirds of a character
+# two thirds of a character
+@example(PAIR.target.encode("a 日".encode()[:3]), PAIR.target.encode("日".encode()[1:2])[0], 2, 5)
 def test_it_drafts_what_a_plain_search_finds(tokens, root, depth, top_k):
     """One drafter reads a growing text; after each part its tree must be that of a search from scratch."""
     model = tiny(6, context=512, vocab_size=330)
@@ -206,7 +223,8 @@ def test_a_saved_draft_model_is_loaded_as_it_was(tmp_path):
         value.copy_(value.bfloat16())
     universal.save(model, DRAFT, tmp_path)
     loaded = load_model(tmp_path, dtype=torch.float64)
-    assert (full_forward(loaded, [1, 2, 3, 4])[0] - full_forward(model, [1, 2, 3, 4])[0]).abs().max() < 1e-5    # rotary tables: float32
+    # rotary tables: float32
+    assert (full_forward(loaded, [1, 2, 3, 4])[0] - full_forward(model, [1, 2, 3, 4])[0]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("method", ["universal", "universal_graft"])
@@ -221,16 +239,19 @@ def test_the_small_draft_model_helps_the_demo_model(demo, method):  # noqa: F811
 
 def test_train_makes_a_draft_model_that_runs(tmp_path):
     tiny_one = "--tokens 600 --vocab 300 --hidden 96 --layers 1 --context 64 --batch 2".split()
-    done = subprocess.run([sys.executable, universal.__file__, "train", "--out", str(tmp_path), *tiny_one], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, universal.__file__, "train", "--out", str(tmp_path), *tiny_one],
+                          capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "held out" in done.stdout, done.stderr
-    done = command("Say hello.", "--method", "universal", "--draft", str(tmp_path), "--max-new-tokens", "8", "--dtype", "float32", "--compare")
+    done = command("Say hello.", "--method", "universal", "--draft", str(tmp_path), "--max-new-tokens", "8",
+                   "--dtype", "float32", "--compare")
     assert done.returncode == 0 and "identical" in done.stderr, done.stderr
 
 
 def test_a_draft_that_cannot_be_used_is_named(demo, tmp_path):  # noqa: F811
     checkpoint(tmp_path)
     words_only = Tokenizer(models.WordLevel({"a": 0}, "a"))
-    for tokenizer, words in ((None, "tokenizer.json"), (DRAFT, "330 tokens, the model 8"), (words_only, "byte-level BPE")):
+    for tokenizer, words in ((None, "tokenizer.json"), (DRAFT, "330 tokens, the model 8"),
+                             (words_only, "byte-level BPE")):
         if tokenizer:
             tokenizer.save(str(tmp_path / "tokenizer.json"))
         with pytest.raises(ValueError, match=words):
