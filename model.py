@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
-FLOATS, INTEGERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16), (torch.int64, torch.int32)   # what weights and ids come as
+# what weights and ids come as
+FLOATS, INTEGERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16), (torch.int64, torch.int32)
 
 
 class CheckpointError(ValueError):
@@ -60,7 +61,8 @@ class ModelConfig:
 
     @classmethod
     def read(cls, folder: Path, *, head: bool = False, architectures: tuple[str, ...] = ARCHITECTURES) -> "ModelConfig":
-        """Read and check `folder/config.json`. Raises CheckpointError naming the field, its value and what is accepted."""
+        """Read and check `folder/config.json`. Raises CheckpointError naming the field,
+        its value and what is accepted."""
         path = Path(folder) / "config.json"
         raw = read_json(path)
 
@@ -89,7 +91,8 @@ class ModelConfig:
         heads = get("num_attention_heads", int, low=1, high=2**12)
         kv_heads = get("num_key_value_heads", int, heads, low=1, high=heads)
         if heads % kv_heads:
-            raise CheckpointError(f"{path}: field 'num_key_value_heads' is {kv_heads}; expected a divisor of {heads} heads")
+            raise CheckpointError(f"{path}: field 'num_key_value_heads' is {kv_heads}; "
+                                  f"expected a divisor of {heads} heads")
         layers = get("num_hidden_layers", int, low=1, high=2**10)
         head_dim = get("head_dim", int, hidden // heads, low=2, high=2**12)
         if head_dim % 2:
@@ -98,7 +101,8 @@ class ModelConfig:
         eos = raw.get("eos_token_id")
         eos = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
         if not all(type(e) is int for e in eos):
-            raise CheckpointError(f"{path}: field 'eos_token_id' is {raw['eos_token_id']!r:.80}; expected an int or a list of ints")
+            raise CheckpointError(f"{path}: field 'eos_token_id' is {raw['eos_token_id']!r:.80}; "
+                                  "expected an int or a list of ints")
         fields = dict(
             architecture=arch, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
             num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=context, eos_token_ids=eos,
@@ -110,11 +114,13 @@ class ModelConfig:
         if head:
             aux = get("eagle_config", dict, {}).get("eagle_aux_hidden_state_layer_ids") or []
             if not isinstance(aux, list) or not all(type(i) is int for i in aux) or len(aux) not in (0, 3):
-                raise CheckpointError(f"{path}: field 'eagle_aux_hidden_state_layer_ids' is {aux!r:.80}; expected three layer numbers")
+                raise CheckpointError(f"{path}: field 'eagle_aux_hidden_state_layer_ids' is {aux!r:.80}; "
+                                      "expected three layer numbers")
             if layers != 1:
                 raise CheckpointError(f"{path}: field 'num_hidden_layers' is {layers}; an EAGLE-3 head has 1")
-            return cls(**fields, taps=tuple(aux), target_hidden_size=get("target_hidden_size", int, hidden, low=1, high=2**20),
-                       draft_vocab_size=get("draft_vocab_size", int, fields["vocab_size"], low=1, high=fields["vocab_size"]))
+            return cls(
+                **fields, taps=tuple(aux), target_hidden_size=get("target_hidden_size", int, hidden, low=1, high=2**20),
+                draft_vocab_size=get("draft_vocab_size", int, fields["vocab_size"], low=1, high=fields["vocab_size"]))
         if arch == "Qwen3MoeForCausalLM":
             raw.setdefault("num_experts", raw.get("num_local_experts"))    # its name since transformers 5
             experts = get("num_experts", int, low=1, high=2**14)
@@ -142,7 +148,8 @@ def read_json(path: Path) -> dict:
 
 
 def _rope_fields(path: Path, raw: dict, context: int) -> dict:
-    """Old files keep `rope_theta` and `rope_scaling`, newer ones `rope_parameters`; return one dict with every number checked."""
+    """Old files keep `rope_theta` and `rope_scaling`, newer ones `rope_parameters`; return one dict with every
+    number checked."""
     rope = {"rope_theta": raw.get("rope_theta", 10000.0)}
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(name) or {}, dict):
@@ -156,20 +163,24 @@ def _rope_fields(path: Path, raw: dict, context: int) -> dict:
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
         raise CheckpointError(f"{path}: field 'partial_rotary_factor' is not supported")
     rope.setdefault("original_max_position_embeddings", context)
-    extras = [name for name in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim") if rope.get(name)]
+    extras = [name for name in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+              if rope.get(name)]
     for name in ("rope_theta", *needs[kind], *extras):
         value, low = rope.get(name), 1 if name == "rope_theta" else 0
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < 1e15:
-            raise CheckpointError(f"{path}: field '{name}' of the rope parameters is {value!r:.80}; expected a number above {low}")
+            raise CheckpointError(f"{path}: field '{name}' of the rope parameters is {value!r:.80}; "
+                                  f"expected a number above {low}")
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        raise CheckpointError(f"{path}: field 'low_freq_factor' is {rope['low_freq_factor']}; expected less than high_freq_factor")
+        raise CheckpointError(f"{path}: field 'low_freq_factor' is {rope['low_freq_factor']}; "
+                              "expected less than high_freq_factor")
     return rope
 
 
 def rope_frequencies(rope: dict, head_dim: int) -> tuple[Tensor, float]:
     """Inverse frequencies [d/2] (float32, as every published checkpoint was trained) and the factor on cos and sin.
 
-    `llama3` after Meta's Llama 3.1 release, `yarn` after Peng et al. (arXiv 2309.00071), both as transformers computes them.
+    `llama3` after Meta's Llama 3.1 release, `yarn` after Peng et al. (arXiv 2309.00071),
+    both as transformers computes them.
     """
     theta, kind, dims = rope["rope_theta"], rope["rope_type"], head_dim
     inverse = 1.0 / theta ** (torch.arange(0, dims, 2, dtype=torch.float32) / dims)
@@ -202,23 +213,26 @@ def rope_frequencies(rope: dict, head_dim: int) -> tuple[Tensor, float]:
 
 # ---------------------------------------------------------------------------------------------------------- attention
 
-FEW = 64     # rows of queries, up to which a forward is decoding or verification rather than a prompt
-SHORT = 16   # tokens, up to which mixed precision reads a prompt in float32, as all that is verified: bfloat16 is not faster there
+FEW = 64  # rows of queries, up to which a forward is decoding or verification rather than a prompt
+# tokens, up to which mixed precision reads a prompt in float32, as all that is verified: bfloat16 is not faster there
+SHORT = 16
 
 
 def by_products(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `attention` runs as plain matrix products: in bfloat16 on a CPU those take half the time of torch's fused kernel where there
-    is much to do. oneDNN compiles and keeps a megabyte of code for every shape that they have: let it see only whole chunks of a prompt, and
-    few rows over a long cache of round size."""
-    return dtype == torch.bfloat16 and device.type == "cpu" and columns % 256 == 0 and (rows % 256 == 0 or rows <= FEW and columns >= 2048)
+    """Whether `attention` runs as plain matrix products: in bfloat16 on a CPU those take half the time of torch's fused
+    kernel where there is much to do. oneDNN compiles and keeps a megabyte of code for every shape that they have: let
+    it see only whole chunks of a prompt, and few rows over a long cache of round size."""
+    return (dtype == torch.bfloat16 and device.type == "cpu" and columns % 256 == 0
+            and (rows % 256 == 0 or rows <= FEW and columns >= 2048))
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(queries keys^T / sqrt(d) + mask) values: queries [b, k, r, d], keys and values [b, k, m, d], mask [b, 1, r, w] for the
-    last w of the m columns (all of them where `by_products` says no), or None. Returns [b, k, r, d].
+    """softmax(queries keys^T / sqrt(d) + mask) values: queries [b, k, r, d], keys and values [b, k, m, d],
+    mask [b, 1, r, w] for the last w of the m columns (all of them where `by_products` says no), or None.
+    Returns [b, k, r, d].
 
-    The products' scores are rounded to bfloat16, so each row is first shifted by its maximum over some columns (the first 32, and 32 before
-    the mask), which softmax does not see; that halves the error."""
+    The products' scores are rounded to bfloat16, so each row is first shifted by its maximum over some columns (the
+    first 32, and 32 before the mask), which softmax does not see; that halves the error."""
     (b, k, r, d), m = queries.shape, keys.shape[2]
     if not by_products(r, m, queries.device, queries.dtype):
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
@@ -227,14 +241,16 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
     queries, keys, values = F.pad(queries, (0, 0, 0, pad)).flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
     sample = torch.cat((keys[:, :32], keys[:, max(m - w - 32, 0):][:, :32]), dim=1)
     out = torch.empty_like(queries)
-    # Few rows: all heads at once. Many: a head and some rows at a time, since larger scores would cost fresh pages from the system.
+    # Few rows: all heads at once. Many: a head and some rows at a time, since larger scores would cost fresh pages
+    # from the system.
     heads, most = (b * k, r + pad) if r <= FEW else (1, max(64, 2**23 // m // 64 * 64))
     for head in range(0, b * k, heads):
         key, value, some = keys[head:head + heads], values[head:head + heads], sample[head:head + heads]
         for row in range(0, r, most):
             query = queries[head:head + heads, row:row + most]                         # [heads, rows, d]
             highest = (query @ some.transpose(1, 2)).amax(-1, keepdim=True)
-            scores = torch.baddbmm(highest, query, key.transpose(1, 2), beta=-d**-0.5, alpha=d**-0.5)   # [heads, rows, m]
+            scores = torch.baddbmm(highest, query, key.transpose(1, 2),
+                                   beta=-d**-0.5, alpha=d**-0.5)                       # [heads, rows, m]
             if w:
                 scores[:, :r, m - w:] += masks[head:head + heads, row:row + most]
             torch.bmm(scores.softmax(-1), value, out=out[head:head + heads, row:row + most])
@@ -244,19 +260,22 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
 # -------------------------------------------------------------------------------------------------------------- cache
 
 class KVCache:
-    """Static key/value cache [L, b, 2k, capacity, d], keys before values. The first `length` rows are committed; a forward writes its n
-    rows behind them, and `commit` says which of those stay."""
+    """Static key/value cache [L, b, 2k, capacity, d], keys before values. The first `length` rows are committed; a
+    forward writes its n rows behind them, and `commit` says which of those stay."""
 
     STEP = 512   # rows by which a cache grows, so that a long generation copies it rarely and its size is round
-    spare: list[tuple[Tensor, dict]] | None = None   # with graphs: storage that former caches of the network left, and what is bound to it
+    # with graphs: storage that former caches of the network left, and what is bound to it
+    spare: list[tuple[Tensor, dict]] | None = None
 
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device, batch: int = 1):
         with torch.inference_mode(False):                                              # to be written to in any mode
-            self._hold(torch.zeros(config.num_hidden_layers, batch, 2 * config.num_key_value_heads, capacity, config.head_dim, dtype=dtype, device=device))
+            self._hold(torch.zeros(config.num_hidden_layers, batch, 2 * config.num_key_value_heads, capacity,
+                                   config.head_dim, dtype=dtype, device=device))
         self.length = 0
 
     def _hold(self, rows: Tensor, graphs: dict | None = None) -> None:
-        self.rows, self.layers, self.capacity = rows, rows.unbind(0), rows.shape[3]    # unbind: indexing a layer once, not in every forward
+        # unbind: indexing a layer once, not in every forward
+        self.rows, self.layers, self.capacity = rows, rows.unbind(0), rows.shape[3]
         self.keys, self.values = rows.chunk(2, dim=2)
         self.graphs = {} if graphs is None else graphs                                 # bound to these very rows
 
@@ -275,12 +294,13 @@ class KVCache:
                     storage = old.new_zeros(*shape[:3], size, shape[4]), {}
             self._leave()
             self._hold(*storage)
-            self.rows[:, :, :, held:].zero_()                                          # what is masked must still be finite
+            self.rows[:, :, :, held:].zero_()  # what is masked must still be finite
             self.rows[:, :, :, :held] = old
 
     def _leave(self) -> None:
         """Storage goes to the next cache, so that a new text finds the graphs of the last one."""
-        if self.spare is not None and len(self.spare) < 3 and self.capacity and self.capacity == roomy(self.capacity, 4 * self.STEP):
+        if (self.spare is not None and len(self.spare) < 3 and self.capacity
+                and self.capacity == roomy(self.capacity, 4 * self.STEP)):
             self.spare.append((self.rows, self.graphs))
 
     __del__ = _leave
@@ -291,9 +311,11 @@ class KVCache:
         self.length -= count
 
     def columns(self, r: int, n: int) -> int:
-        """How many rows r queries read once n rows are written: those, or the whole cache where that makes a round size."""
+        """How many rows r queries read once n rows are written: those, or the whole cache where that
+        makes a round size."""
         m = self.length + n
-        round_size = r <= FEW and self.capacity - m <= self.STEP and by_products(r, self.capacity, self.rows.device, self.rows.dtype)
+        round_size = (r <= FEW and self.capacity - m <= self.STEP
+                      and by_products(r, self.capacity, self.rows.device, self.rows.dtype))
         return self.capacity if round_size else m
 
     def span(self, n: int) -> int:
@@ -305,12 +327,12 @@ class KVCache:
         n = rows.shape[2]
         if self.length + n > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} rows and {self.length + n} are needed; reserve more")
-        self.layers[layer].narrow(2, self.length, n).copy_(rows)                       # narrow is indexing, at a third of its time
+        self.layers[layer].narrow(2, self.length, n).copy_(rows)  # narrow is indexing, at a third of its time
         return self.layers[layer]
 
     def attend(self, layer: int, queries: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
-        """Write rows [b, 2k, n, d], keys and values, then let queries [b, k, g*n, d] read all that is there; returns [b, k, g*n, d].
-        A mask is for the last of `columns`; without one, what was written last ends them."""
+        """Write rows [b, 2k, n, d], keys and values, then let queries [b, k, g*n, d] read all that is there;
+        returns [b, k, g*n, d]. A mask is for the last of `columns`; without one, what was written last ends them."""
         n = rows.shape[2]
         columns = self.length + n if mask is None else self.columns(queries.shape[2], n)
         kept = self.write(layer, rows).narrow(2, 0, columns)
@@ -319,8 +341,9 @@ class KVCache:
         return attention(queries, *kept.chunk(2, dim=1), mask)
 
     def commit(self, rows: list[int]) -> None:
-        """Keep these of the rows written last (0 = the first of them; ascending); the others are overwritten next time."""
-        for to, row in enumerate(rows):                                                # a path through a tree closes up, in all layers
+        """Keep these of the rows written last (0 = the first of them; ascending); the others are
+        overwritten next time."""
+        for to, row in enumerate(rows):  # a path through a tree closes up, in all layers
             if row != to:
                 self.rows.select(3, self.length + to).copy_(self.rows.select(3, self.length + row))
         self.length += len(rows)
@@ -340,8 +363,8 @@ class NoCache:
 
 
 class PackedCache:
-    """The caches of several texts behind one forward: their tokens stand in one row, text after text, and share every matrix
-    product; each attends to its own cache, under its own mask. `commit` is the single caches' business."""
+    """The caches of several texts behind one forward: their tokens stand in one row, text after text, and share every
+    matrix product; each attends to its own cache, under its own mask. `commit` is the single caches' business."""
 
     def __init__(self, caches: list[KVCache], sizes: list[int]):
         self.caches, self.sizes = caches, sizes                                    # sizes: tokens of each in the row
@@ -365,24 +388,26 @@ def roomy(rows: int, least: int) -> int:
 
 
 class StaticCache:
-    """The first m rows of a KVCache, for forwards of n tokens whose place is in tensors, so that a CUDA graph can find it there: they are
-    written from `length` on. A forward's mask is bool [n, w + 1], for the w columns from `start` on; its last column is False."""
+    """The first m rows of a KVCache, for forwards of n tokens whose place is in tensors, so that a CUDA graph can find
+    it there: they are written from `length` on. A forward's mask is bool [n, w + 1], for the w columns from `start` on;
+    its last column is False."""
 
     def __init__(self, cache: KVCache, n: int, m: int, w: int = 0, compiled: bool = False):
-        self.compiled = compiled                                                   # whether what reads it is compiled first
+        self.compiled = compiled  # whether what reads it is compiled first
         self.layers, device = [layer.narrow(2, 0, m) for layer in cache.layers], cache.rows.device
         self.length, self.start = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         self.seen = torch.ones(n, w + 1, dtype=torch.bool, device=device) if w else None   # a buffer for such a mask
         self.rows, self.columns = torch.arange(n, device=device), torch.arange(m, device=device)
 
     def mask(self, seen: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """[n, m]: 0 where a token attends, -inf elsewhere; on a GPU no narrower than float32, as scores are there. Every row attends to
-        something, the padded ones too."""
+        """[n, m]: 0 where a token attends, -inf elsewhere; on a GPU no narrower than float32, as scores are there.
+        Every row attends to something, the padded ones too."""
         self.index = self.length + self.rows                                       # the rows that are written
         if seen is None:
             allowed = self.columns <= self.index[:, None]
         else:
-            allowed = seen.index_select(1, (self.columns - self.start).clamp(0, seen.shape[1] - 1)) | (self.columns < self.start)
+            allowed = (seen.index_select(1, (self.columns - self.start).clamp(0, seen.shape[1] - 1))
+                       | (self.columns < self.start))
         dtype = torch.promote_types(dtype, torch.float32) if allowed.is_cuda else dtype
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
 
@@ -401,15 +426,15 @@ def attend_static(kept: Tensor, index: Tensor, queries: Tensor, rows: Tensor, ma
     # Few heads read many columns: plain products spread them over the whole GPU, the fused kernels do not.
     wide, scale = {} if mask.dtype == queries.dtype else {"out_dtype": mask.dtype}, queries.shape[-1]**-0.5
     if torch.compiler.is_compiling():
-        scores = torch.bmm(queries[0], keys.transpose(1, 2), **wide) * scale + mask[0]                      # [k, g*n, m]
+        scores = torch.bmm(queries[0], keys.transpose(1, 2), **wide) * scale + mask[0]  # [k, g*n, m]
     else:
         scores = torch.baddbmm(mask[0], queries[0], keys.transpose(1, 2), alpha=scale, **wide)
     return torch.bmm(scores.softmax(-1).to(values.dtype), values)[None]
 
 
 def fused(function: Callable, cache) -> Callable:
-    """The function, compiled by torch where a graph is to run it so: small operations in a row become one kernel. For any number of tokens
-    and columns, so that it is done twice: for one token, and for more."""
+    """The function, compiled by torch where a graph is to run it so: small operations in a row become one kernel. For
+    any number of tokens and columns, so that it is done twice: for one token, and for more."""
     return _compile(function) if isinstance(cache, StaticCache) and cache.compiled else function
 
 
@@ -436,8 +461,8 @@ class Captured:
         return self.outputs
 
     def capture(self) -> None:
-        """Once eagerly on the stream of the capture, which compiles, sets up kernels and workspaces, then recorded. All graphs of a network
-        share their memory: they run one after the other."""
+        """Once eagerly on the stream of the capture, which compiles, sets up kernels and workspaces, then recorded. All
+        graphs of a network share their memory: they run one after the other."""
         network, device = self.network, self.network.inverse.device
         with torch.cuda.device(device):
             if network.graph_pool is None:
@@ -447,7 +472,8 @@ class Captured:
                 self.function()
             torch.cuda.current_stream().wait_stream(network.graph_stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=network.graph_pool, stream=network.graph_stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=network.graph_pool, stream=network.graph_stream,
+                                  capture_error_mode="thread_local"):
                 self.outputs = self.function()
         self.graph = graph
 
@@ -460,7 +486,7 @@ class Graph(Captured):
     def __init__(self, network: "_Decoder", inputs: tuple[Tensor, ...], cache: StaticCache, options: dict):
         self.cache = cache
         self.inputs = [torch.zeros(1, len(cache.rows), *x.shape[2:], dtype=x.dtype, device=x.device) for x in inputs]
-        forward = type(network).forward                                            # not the instance's: tools put clocks around it
+        forward = type(network).forward  # not the instance's: tools put clocks around it
         super().__init__(network, lambda: forward(network, *self.inputs, cache, cache.seen, **options))
 
     def __call__(self, inputs: tuple[Tensor, ...], length: int, mask: Tensor | None) -> tuple[Tensor, ...]:
@@ -492,22 +518,27 @@ def halves_work() -> bool:
 
 
 def in_threes(x: Tensor) -> Tensor:
-    """x [..., n, inputs], with more rows where FBGEMM without AVX512 would sum the last one or two of them, alone or behind sixes, in another order."""
+    """x [..., n, inputs], with more rows where FBGEMM without AVX512 would sum the last one or two of them, alone or
+    behind sixes, in another order."""
     n, rows = x.shape[-2], x.numel() // x.shape[-1]
-    if not (rows in (1, 2, 7, 14) or rows > 30 and rows % 6 in (1, 2)) or torch.backends.cpu.get_cpu_capability() != "AVX2":
+    if (not (rows in (1, 2, 7, 14) or rows > 30 and rows % 6 in (1, 2))
+            or torch.backends.cpu.get_cpu_capability() != "AVX2"):
         return x
     return x.expand(*x.shape[:-2], 3, -1) if n == 1 else F.pad(x, (0, 0, 0, -n % 3))
 
 
 def mixes(config: ModelConfig, device: str | torch.device) -> bool:
     """Whether `load_model` takes mixed=True."""
-    return torch.device(device).type == "cpu" and halves_work() and torch.ops.mkldnn._is_mkldnn_bf16_supported() and not config.moe_layers
+    return (torch.device(device).type == "cpu" and halves_work()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported() and not config.moe_layers)
 
 
 def half_scale(weight: Tensor) -> float:
-    """A power of two times which float16 holds a float32 matrix: no element is off by more than 2^-24 of the largest, as little as a
-    float32 product tells. There is one where the matrix was stored in bfloat16 or float16; 0 where there is none."""
-    if all(torch.equal(part.half().float(), part) for part in weight.split(512)):      # most checkpoints, and soon found out
+    """A power of two times which float16 holds a float32 matrix: no element is off by more than 2^-24 of the
+    largest, as little as a float32 product tells. There is one where the matrix was stored in bfloat16 or float16; 0
+    where there is none."""
+    # most checkpoints, and soon found out
+    if all(torch.equal(part.half().float(), part) for part in weight.split(512)):
         return 1.0
     largest = float(weight.abs().max())
     if 2**-20 < largest < 2**20:
@@ -519,22 +550,26 @@ def half_scale(weight: Tensor) -> float:
 
 
 class Linear(Part):
-    """x @ weight.T without bias. After `pack()` on a CPU it runs on prepacked weights: oneDNN's in bfloat16, about twice as fast at
-    n = 1, and nearly as fast at n = 8 as at n = 1; in float32 FBGEMM's where float16 holds the matrix, which is half
-    as much to read, and gives a row the same numbers however many there are; else oneDNN's too. Mixed: both, and x's dtype decides.
-    `blocks` of tools/kernels.py take FBGEMM's place where bfloat16 holds the matrix, and give the same numbers in half the time."""
+    """x @ weight.T without bias. After `pack()` on a CPU it runs on prepacked weights: oneDNN's in bfloat16, about
+    twice as fast at n = 1, and nearly as fast at n = 8 as at n = 1; in float32 FBGEMM's where float16 holds the matrix,
+    which is half as much to read, and gives a row the same numbers however many there are; else oneDNN's too. Mixed:
+    both, and x's dtype decides. `blocks` of tools/kernels.py take FBGEMM's place where bfloat16 holds the matrix, and
+    give the same numbers in half the time."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.inputs, self.packed, self.halves, self.scale = inputs, None, None, 0.0   # halves: the weights as float16, times scale
-        self.blocks: Callable | None = None                                           # a compiled product with the weights
+        # halves: the weights as float16, times scale
+        self.inputs, self.packed, self.halves, self.scale = inputs, None, None, 0.0
+        self.blocks: Callable | None = None  # a compiled product with the weights
 
     def pack(self, mixed: bool = False, prompts: bool = True, products: Callable | None = None) -> None:
-        """Where that is the faster path: a CPU, in float32 or bfloat16. Inference only. mixed: bfloat16 weights, for x in float32 too.
-        prompts: whether many rows ever come; else mixed packs no weights for them. products: makes `blocks` of a matrix, or None."""
+        """Where that is the faster path: a CPU, in float32 or bfloat16. Inference only. mixed: bfloat16 weights, for x
+        in float32 too. prompts: whether many rows ever come; else mixed packs no weights for them. products: makes
+        `blocks` of a matrix, or None."""
         weight = self.weight.detach().contiguous()
-        if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+        if (weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16)
+                or not torch.backends.mkldnn.is_available()):
             return
         exact = mixed or weight.dtype == torch.float32
         if exact and products:
@@ -543,9 +578,11 @@ class Linear(Part):
             wide = weight.float()
             self.scale = half_scale(wide)
             if self.scale:
-                self.halves = torch.ops.quantized.linear_prepack_fp16(wide if self.scale == 1 else wide * self.scale, None)
+                self.halves = torch.ops.quantized.linear_prepack_fp16(
+                    wide if self.scale == 1 else wide * self.scale, None)
         if self.blocks is self.halves is None or mixed and prompts:
-            if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():       # an x86 CPU without AVX512
+            # an x86 CPU without AVX512
+            if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
                 return
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
         self.weight = None
@@ -562,15 +599,17 @@ class Linear(Part):
         if x.dtype != self.packed.dtype:     # mixed, and float16 does not hold the weights
             return self(x.to(self.packed.dtype)).to(x.dtype)
         n = x.shape[-2]
-        if x.numel() == x.shape[-1]:    # one row: oneDNN's kernel for five reads the weights faster, and gives the same row
+        # one row: oneDNN's kernel for five reads the weights faster, and gives the same row
+        if x.numel() == x.shape[-1]:
             return self(x.expand(*x.shape[:-2], 5, -1)).narrow(-2, 0, 1)
-        if n > 32 and n % 8:     # oneDNN keeps megabytes of code for every number of rows that it has seen: let it see few
+        if n > 32 and n % 8:  # oneDNN keeps megabytes of code for every number of rows that it has seen: let it see few
             return self(F.pad(x, (0, 0, 0, -n % 8)))[..., :n, :]
         return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, None, "none", [], "")
 
 
 class Embedding(Part):
-    """nn.Embedding without its first values, for which torch imports 800 modules on the meta device: a second of every start."""
+    """nn.Embedding without its first values, for which torch imports 800 modules on the meta device:
+    a second of every start."""
 
     def __init__(self, size: int, width: int):
         super().__init__()
@@ -593,14 +632,16 @@ class RMSNorm(Part):
         return self.weight if self.wide is None else self.wide
 
     def pack(self, mixed: bool = False) -> None:
-        """For float32 on a CPU, where torch's own takes twice the time in small kernels: with n = size, mean(x^2) + eps is (|x|^2 + n eps) / n. Inference only."""
+        """For float32 on a CPU, where torch's own takes twice the time in small kernels: with n = size, mean(x^2) + eps
+        is (|x|^2 + n eps) / n. Inference only."""
         if self.weight.device.type == "cpu" and (mixed or self.weight.dtype == torch.float32):
             size, self.wide = len(self.weight), self.weight.detach().float()
             self.packed = self.wide * math.sqrt(size), torch.tensor(math.sqrt(size * self.eps))
 
     def forward(self, x: Tensor) -> Tensor:
-        """In half precision on a CPU the layer norm of (x, -x), whose mean is 0 and whose variance is the mean of x squared: one fused kernel
-        instead of eight small ones, and rounded exactly as in transformers. Elsewhere torch's own, which in bfloat16 rounds once less."""
+        """In half precision on a CPU the layer norm of (x, -x), whose mean is 0 and whose variance is the mean of x
+        squared: one fused kernel instead of eight small ones, and rounded exactly as in transformers. Elsewhere torch's
+        own, which in bfloat16 rounds once less."""
         if self.packed is not None and x.dtype == torch.float32:
             weight, least = self.packed
             return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), least) * weight
@@ -611,16 +652,18 @@ class RMSNorm(Part):
 
 
 def rotary(turns: tuple[Tensor, Tensor], h: int, k: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [b, n, 1, d] -> for all heads [b, n, h + 2k, d]. Values do not turn: 1 and 0 there let one product serve queries, keys and
-    values."""
-    return tuple(F.pad(table.expand(-1, -1, h + k, -1), (0, 0, 0, k), value=value) for table, value in zip(turns, (1.0, 0.0)))
+    """cos and sin [b, n, 1, d] -> for all heads [b, n, h + 2k, d]. Values do not turn: 1 and 0 there let one product
+    serve queries, keys and values."""
+    return tuple(F.pad(table.expand(-1, -1, h + k, -1), (0, 0, 0, k), value=value)
+                 for table, value in zip(turns, (1.0, 0.0)))
 
 
-def turn(rows: Tensor, rotary: tuple[Tensor, Tensor], h: int, k: int, norms: Sequence[Callable]) -> tuple[Tensor, Tensor]:
-    """Rows [b, n, (h + 2k) * d] of `qkv_proj` -> queries [b, k, g*n, d], and keys and values [b, 2k, n, d], at the positions of `rotary`.
-    norms: of query heads and key heads, or none. The g query heads that share a key head become rows of one attention: no key is read or
-    copied twice."""
-    (b, n, _), (cos, sin) = rows.shape, rotary                                     # [b, n, h + 2k, d]; sin of the first half is negative
+def turn(rows: Tensor, rotary: tuple[Tensor, Tensor], h: int, k: int,
+         norms: Sequence[Callable]) -> tuple[Tensor, Tensor]:
+    """Rows [b, n, (h + 2k) * d] of `qkv_proj` -> queries [b, k, g*n, d], and keys and values [b, 2k, n, d], at the
+    positions of `rotary`. norms: of query heads and key heads, or none. The g query heads that share a key head become
+    rows of one attention: no key is read or copied twice."""
+    (b, n, _), (cos, sin) = rows.shape, rotary  # [b, n, h + 2k, d]; sin of the first half is negative
     d = cos.shape[-1]
     rows = rows.view(b, n, h + 2 * k, d)
     if norms:
@@ -650,9 +693,10 @@ class Attention(Part):
         """Queries [b, k, g*n, d], and keys and values [b, 2k, n, d], of x [b, n, inputs] at their positions."""
         return turn(self.qkv_proj(x), rotary, self.h, self.k, (self.q_norm, self.k_norm) if self.qk_norm else ())
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, attend: Callable, last: bool = False) -> Tensor:
-        """attend: a cache's, for one layer. last: only the last of the n tokens reads the cache and gives a result; the others just leave
-        their keys and values there."""
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, attend: Callable,
+                last: bool = False) -> Tensor:
+        """attend: a cache's, for one layer. last: only the last of the n tokens reads the cache and gives a result; the
+        others just leave their keys and values there."""
         n = x.shape[1]
         queries, rows = self.project(x, rotary)
         if last:
@@ -690,16 +734,19 @@ class MoE(Part):
     def grouped(self) -> bool:
         """Whether all experts run in one launch each way, which nothing has to wait for: F.grouped_mm's terms."""
         weight = self.down_proj
-        return weight.is_cuda and weight.dtype == torch.bfloat16 and hasattr(F, "grouped_mm") and not any(size % 8 for size in weight.shape[1:])
+        return (weight.is_cuda and weight.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
+                and not any(size % 8 for size in weight.shape[1:]))
 
     def run_grouped(self, rows: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """rows [r, H], weights and chosen [r, top_k] -> [r, H]: the pairs of row and expert, sorted by expert."""
         experts, order = chosen.flatten().sort()                                   # [r * top_k]
-        ends = torch.searchsorted(experts, torch.arange(len(self.down_proj), device=experts.device), right=True, out_int32=True)
+        ends = torch.searchsorted(experts, torch.arange(len(self.down_proj), device=experts.device),
+                                  right=True, out_int32=True)
         middle = gated(F.grouped_mm(rows[order // self.top_k], self.gate_up_proj.transpose(1, 2), offs=ends))
         out = F.grouped_mm(middle, self.down_proj.transpose(1, 2), offs=ends)
-        out = torch.empty_like(out).index_copy_(0, order, out).view(*chosen.shape, -1)   # in the rows' order again [r, top_k, H]
-        return (weights[:, None] @ out)[:, 0]                                      # no atomic adds: the same sum every time
+        # in the rows' order again [r, top_k, H]
+        out = torch.empty_like(out).index_copy_(0, order, out).view(*chosen.shape, -1)
+        return (weights[:, None] @ out)[:, 0]  # no atomic adds: the same sum every time
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])                                          # [b*n, H]
@@ -727,8 +774,9 @@ class Layer(Part):
         self.mlp = MoE(config) if index in config.moe_layers else MLP(config)
 
     def forward(self, x: Tensor, rotary, mask, cache: "KVCache | StaticCache", last: bool = False) -> Tensor:
-        static = isinstance(cache, StaticCache)                                    # compiled code must not depend on the layer's number
-        attend = partial(attend_static, cache.layers[self.index], cache.index) if static else partial(cache.attend, self.index)
+        static = isinstance(cache, StaticCache)  # compiled code must not depend on the layer's number
+        attend = (partial(attend_static, cache.layers[self.index], cache.index) if static else
+                  partial(cache.attend, self.index))
         return fused(Layer.run, cache)(self, x, rotary, mask, attend, last)
 
     def run(self, x: Tensor, rotary, mask, attend: Callable, last: bool) -> Tensor:
@@ -740,16 +788,17 @@ class Layer(Part):
 class _Decoder(nn.Module):
     """What the target and the head share: rotary tables, the shape of the mask, and forwards over fixed buffers.
 
-    graphs: whether short forwards under inference_mode run as CUDA graphs; None: yes on CUDA. True on a CPU runs the same buffers
-    uncaptured, for tests. Caches must come from `new_cache` after it is set."""
+    graphs: whether short forwards under inference_mode run as CUDA graphs; None: yes on CUDA. True on a CPU runs the
+    same buffers uncaptured, for tests. Caches must come from `new_cache` after it is set."""
 
-    mixed = False                                                                  # prompts in bfloat16, as the weights; all else in float32
+    mixed = False                     # prompts in bfloat16, as the weights; all else in float32
     graphs: bool | None = None
     graph_pool = graph_stream = None
-    captured = 0                                                                   # graphs made so far
-    compiled = False                                                               # whether what graphs run is compiled first
-    kernels: Callable | None = None                                                # on a CPU: all layers in C++, for forwards that its `fit` takes (tools/kernels.py)
-    products: Callable | None = None                                               # what its matrices were packed by, as `load_model` says
+    captured = 0                      # graphs made so far
+    compiled = False                  # whether what graphs run is compiled first
+    # on a CPU: all layers in C++, for forwards that its `fit` takes (tools/kernels.py)
+    kernels: Callable | None = None
+    products: Callable | None = None  # what its matrices were packed by, as `load_model` says
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -759,8 +808,8 @@ class _Decoder(nn.Module):
         self.register_buffer("inverse", inverse, persistent=False)
 
     def turns(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [b, n, 1, d] for positions [b, n], computed in float32. Dimension i turns with i + d/2, the first of the two by -sin;
-        the sign is in the table."""
+        """cos and sin [b, n, 1, d] for positions [b, n], computed in float32. Dimension i turns with i + d/2, the first
+        of the two by -sin; the sign is in the table."""
         angles = (positions[..., None].float() * self.inverse)[:, :, None]
         cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
@@ -768,9 +817,10 @@ class _Decoder(nn.Module):
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return rotary(self.turns(positions, dtype), self.config.num_attention_heads, self.config.num_key_value_heads)
 
-    def group(self, mask: Tensor | list | None, n: int, cache: KVCache | PackedCache, dtype: torch.dtype) -> Tensor | list | None:
-        """A mask [n, w] or [b, n, w] (True = attend; None = causal) as `attention` reads it, made once a forward: [b, 1, g*n, w or
-        all columns]."""
+    def group(self, mask: Tensor | list | None, n: int, cache: KVCache | PackedCache,
+              dtype: torch.dtype) -> Tensor | list | None:
+        """A mask [n, w] or [b, n, w] (True = attend; None = causal) as `attention` reads it, made once a forward:
+        [b, 1, g*n, w or all columns]."""
         g = self.config.num_attention_heads // self.config.num_key_value_heads
         if isinstance(cache, StaticCache):
             return cache.mask(mask, dtype).repeat(g, 1)[None, None]
@@ -783,21 +833,24 @@ class _Decoder(nn.Module):
             mask = torch.ones(n, n, dtype=torch.bool, device=self.inverse.device).tril()
         if mask.dim() == 2:
             mask = mask[None]
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)  # SDPA's faster kind
-        if columns > m:                                                            # rows of the cache that nothing was written to
+        # SDPA's faster kind
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+        if columns > m:  # rows of the cache that nothing was written to
             mask = F.pad(mask, (0, columns - m), value=-torch.inf)
         elif mask.shape[-1] < m and not by_products(g * n, m, mask.device, dtype):
             mask = F.pad(mask, (m - mask.shape[-1], 0))
         return mask[:, None].repeat(1, 1, g, 1)
 
     def graphed(self, tokens: Tensor, cache, mask: Tensor | None) -> bool:
-        """Whether a forward goes over fixed buffers: one text, few tokens, its own cache, and no layer that has to wait for numbers."""
-        return self.replays(cache) and tokens.shape[0] == 1 and tokens.shape[1] <= BUCKETS[-1] and (mask is None or mask.dim() == 2)
+        """Whether a forward goes over fixed buffers: one text, few tokens, its own cache,
+        and no layer that has to wait for numbers."""
+        return (self.replays(cache) and tokens.shape[0] == 1 and tokens.shape[1] <= BUCKETS[-1]
+                and (mask is None or mask.dim() == 2))
 
     def replays(self, cache) -> bool:
         """Whether short forwards behind this cache go over fixed buffers."""
-        return (type(cache) is KVCache and cache.spare is not None and self.graphs is not False and torch.is_inference_mode_enabled()
-                and not (self.inverse.is_cuda and self.waits()))
+        return (type(cache) is KVCache and cache.spare is not None and self.graphs is not False
+                and torch.is_inference_mode_enabled() and not (self.inverse.is_cuda and self.waits()))
 
     def wide(self, x: Tensor) -> Tensor:
         """What is no prompt runs in float32, where precision is mixed."""
@@ -808,7 +861,8 @@ class _Decoder(nn.Module):
         return False
 
     def replay(self, inputs: tuple[Tensor, ...], cache: KVCache, mask: Tensor | None, **options) -> list[Tensor | None]:
-        """What `forward` returns for all of its tokens, by a graph that is bound to the storage of `cache`, made where there is none."""
+        """What `forward` returns for all of its tokens, by a graph that is bound to the storage of `cache`,
+        made where there is none."""
         n = inputs[0].shape[1]
         padded = next(size for size in BUCKETS if size >= n)
         cache.reserve(cache.length + padded)
@@ -856,18 +910,19 @@ class Model(_Decoder):
 
     def waits(self) -> bool:
         sparse = self.config.moe_layers
-        return bool(sparse) and not self.layers[sparse[0]].mlp.grouped()               # all mixtures are of one shape, dtype and device
+        # all mixtures are of one shape, dtype and device
+        return bool(sparse) and not self.layers[sparse[0]].mlp.grouped()
 
     def forward(self, tokens: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None = None, *,
                 taps: tuple[int, ...] = (), last_only: bool = False) -> tuple[Tensor, Tensor | None]:
         """Run n new tokens behind the committed rows of `cache`; the caller then commits those that stay.
 
-        tokens, positions: [b, n] int64. mask: bool [n, w] or [b, n, w], True = attend, for the last w of the cache.length + n columns;
-        all earlier ones are attended to; None = causal; a list of such masks with a PackedCache.
-        taps: layers whose outputs to return (-1 = the embeddings), for a draft head. last_only: logits of the last token alone; where
-        attention is causal, the last layer then computes only keys and values for the others.
-        Returns logits [b, n or 1, V] and features [b, n, len(taps) * H], or None without taps; where precision is mixed, features of a prompt
-        in bfloat16, all else in float32.
+        tokens, positions: [b, n] int64. mask: bool [n, w] or [b, n, w], True = attend, for the last w of the
+        cache.length + n columns; all earlier ones are attended to; None = causal; a list of such masks with a
+        PackedCache. taps: layers whose outputs to return (-1 = the embeddings), for a draft head. last_only: logits of
+        the last token alone; where attention is causal, the last layer then computes only keys and values for the
+        others. Returns logits [b, n or 1, V] and features [b, n, len(taps) * H], or None without taps; where precision
+        is mixed, features of a prompt in bfloat16, all else in float32.
         """
         if self.graphed(tokens, cache, mask):
             logits, features = self.replay((tokens, positions), cache, mask, taps=taps)
@@ -876,7 +931,7 @@ class Model(_Decoder):
         if mask is not None or tokens.numel() <= SHORT:
             x = self.wide(x)
         final = len(self.layers) - 1
-        alone = last_only and mask is None and final not in taps                   # only the last token goes through the last layer
+        alone = last_only and mask is None and final not in taps  # only the last token goes through the last layer
         if self.kernels and self.kernels.fit(x, mask, cache):
             _, normed, features = self.kernels(x, positions, mask, cache, taps, causal=mask is None, alone=alone)
         else:
@@ -893,10 +948,11 @@ class Model(_Decoder):
 
 
 class Eagle3(_Decoder):
-    """The EAGLE-3 draft head (Li et al., arXiv 2503.01840; keys and pairing as in the EAGLE and SpecForge repositories).
+    """The EAGLE-3 draft head (Li et al., arXiv 2503.01840; keys and pairing as in the EAGLE and
+    SpecForge repositories).
 
-    It reads, at position i, the target's feature of token i and the embedding of token i+1, and guesses token i+2. Its cache
-    keeps committed positions only: its own guesses are overwritten by the next round's true features.
+    It reads, at position i, the target's feature of token i and the embedding of token i+1, and guesses token i+2. Its
+    cache keeps committed positions only: its own guesses are overwritten by the next round's true features.
     """
 
     def __init__(self, config: ModelConfig, taps: tuple[int, ...]):
@@ -919,23 +975,24 @@ class Eagle3(_Decoder):
 
     def forward(self, tokens: Tensor, hidden: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None = None, *,
                 last_only: bool = False) -> tuple[Tensor, Tensor]:
-        """One draft step. tokens, positions [b, n]; hidden [b, n, H] is `fc(target features)` or this method's own second
-        result; mask, last_only as in Model.forward. Returns logits [b, n or 1, draft V] and hidden [b, n, H], or [b, 1, H] where only
-        the last token went through the layer."""
+        """One draft step. tokens, positions [b, n]; hidden [b, n, H] is `fc(target features)` or this method's own
+        second result; mask, last_only as in Model.forward. Returns logits [b, n or 1, draft V] and hidden [b, n, H],
+        or [b, 1, H] where only the last token went through the layer."""
         if self.graphed(tokens, cache, mask):
             logits, out = self.replay((tokens, hidden, positions), cache, mask)
             return logits[:, -1:] if last_only else logits, out[:, -1:] if last_only and mask is None else out
         return fused(Eagle3.run, cache)(self, tokens, hidden, positions, cache, mask, last_only)
 
-    def run(self, tokens: Tensor, hidden: Tensor, positions: Tensor, cache: "KVCache | StaticCache", mask: Tensor | None,
-            last_only: bool) -> tuple[Tensor, Tensor]:
+    def run(self, tokens: Tensor, hidden: Tensor, positions: Tensor, cache: "KVCache | StaticCache",
+            mask: Tensor | None, last_only: bool) -> tuple[Tensor, Tensor]:
         x, alone = self.embed_tokens(tokens).to(hidden.dtype), last_only and mask is None
         if self.kernels and self.kernels.fit(hidden, mask, cache):
             hidden, normed, _ = self.kernels(hidden, positions, mask, cache, causal=mask is None, alone=alone, given=x)
         else:
             x = torch.cat((self.input_layernorm(x), self.hidden_norm(hidden)), dim=-1)                      # [b, n, 2H]
             mask = None if alone else self.group(mask, tokens.shape[1], cache, x.dtype)
-            hidden = (hidden[:, -1:] if alone else hidden) + self.self_attn(x, self.rotary(positions, x.dtype), mask, partial(cache.attend, 0), alone)
+            hidden = (hidden[:, -1:] if alone else hidden) + self.self_attn(
+                x, self.rotary(positions, x.dtype), mask, partial(cache.attend, 0), alone)
             hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
             normed = self.norm(self.wide(hidden[:, -1:] if last_only else hidden))
         return self.lm_head(normed[:, -1:] if last_only else normed), hidden
@@ -944,7 +1001,8 @@ class Eagle3(_Decoder):
 # ------------------------------------------------------------------------------------------------------------ loading
 
 def fetch_checkpoint(name: str, revision: str | None = None) -> Path:
-    """A local folder as it is, or a Hub id through huggingface_hub's cache (HF_HUB_OFFLINE and `revision` are honoured)."""
+    """A local folder as it is, or a Hub id through huggingface_hub's cache (HF_HUB_OFFLINE and
+    `revision` are honoured)."""
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -955,11 +1013,13 @@ def fetch_checkpoint(name: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"checkpoint {name!r} is no local folder and could not be had from the Hub: {reason}") from None
+        raise CheckpointError(f"checkpoint {name!r} is no local folder "
+                              f"and could not be had from the Hub: {reason}") from None
 
 
 class _Tensors:
-    """Names, shapes and lazily read tensors of a checkpoint folder: safetensors, sharded or not, or a `pytorch_model.bin`."""
+    """Names, shapes and lazily read tensors of a checkpoint folder: safetensors, sharded or not, or a
+    `pytorch_model.bin`."""
 
     def __init__(self, folder: Path, rename=lambda name: name):
         self.shapes, self.read, self.where = {}, {}, folder
@@ -981,11 +1041,13 @@ class _Tensors:
                 tensors = {rename(str(name)): value for name, value in tensors.items()}
                 self.shapes = {name: tuple(value.shape) for name, value in tensors.items()}
             except Exception as error:  # torch raises whatever the damage provokes
-                raise CheckpointError(f"{path}: not a file of plain tensors ({(str(error) or type(error).__name__).splitlines()[0]:.120})") from None
+                raise CheckpointError(f"{path}: not a file of plain tensors "
+                                      f"({(str(error) or type(error).__name__).splitlines()[0]:.120})") from None
             self.read = {name: (lambda value=value: value) for name, value in tensors.items()}
             return
         else:
-            raise CheckpointError(f"{folder}: holds no model.safetensors, no model.safetensors.index.json and no pytorch_model.bin")
+            raise CheckpointError(f"{folder}: holds no model.safetensors, no model.safetensors.index.json "
+                                  "and no pytorch_model.bin")
         for shard in shards:
             try:
                 with safe_open(folder / shard, framework="pt") as file:
@@ -999,28 +1061,33 @@ class _Tensors:
 
 
 def _read_tensor(path: Path, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:    # a memory map of its own, gone with the tensor: no shard stays in memory
+    # a memory map of its own, gone with the tensor: no shard stays in memory
+    with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
 
 
-def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple]], dtype, device, optional=(), pack: bool = False,
-          mixed: bool = False, tied: bool = False, products: Callable | None = None) -> None:
-    """Give every parameter of a meta-device `module` its tensor. `parts` maps a parameter to the tensors of the checkpoint,
-    with their shapes, that are stacked to make it. A missing, extra or misshapen tensor is an error that names it. With `pack`,
-    matrices are packed. They are read and packed side by side, so that no more of them than there are threads, and one, are in memory twice. tied: `lm_head` takes
-    the embeddings."""
-    module.mixed, module.products, used, placing, threads = mixed, products, set(optional), set(), torch.get_num_threads()
+def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple]], dtype, device, optional=(),
+          pack: bool = False, mixed: bool = False, tied: bool = False, products: Callable | None = None) -> None:
+    """Give every parameter of a meta-device `module` its tensor. `parts` maps a parameter to the tensors of the
+    checkpoint, with their shapes, that are stacked to make it. A missing, extra or misshapen tensor is an error that
+    names it. With `pack`, matrices are packed. They are read and packed side by side, so that no more of them than
+    there are threads, and one, are in memory twice. tied: `lm_head` takes the embeddings."""
+    module.mixed, module.products, used, placing, threads = (
+        mixed, products, set(optional), set(), torch.get_num_threads())
 
     def place(name: str, value: Tensor, sources: dict[str, tuple]) -> None:
         pieces = []
         for source in sources:
             tensor, accepted = tensors.read[source](), FLOATS if value.is_floating_point() else INTEGERS
             if tensor.dtype not in accepted:
-                raise CheckpointError(f"{tensors.where}: tensor '{source}' is of {tensor.dtype}; expected one of {', '.join(map(str, accepted))}")
-            pieces.append(tensor.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True))
+                raise CheckpointError(f"{tensors.where}: tensor '{source}' is of {tensor.dtype}; "
+                                      f"expected one of {', '.join(map(str, accepted))}")
+            pieces.append(tensor.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype,
+                                    copy=True))
         owner, _, own = name.rpartition(".")
         owner = module.get_submodule(owner)
-        owner.load_state_dict({own: pieces[0] if len(pieces) == 1 else torch.cat(pieces).view(value.shape)}, strict=False, assign=True)
+        owner.load_state_dict({own: pieces[0] if len(pieces) == 1 else torch.cat(pieces).view(value.shape)},
+                              strict=False, assign=True)
         if tied and name == "embed_tokens.weight":
             module.lm_head.weight, name, owner = owner.weight, "lm_head.weight", module.lm_head
         if pack and isinstance(owner, RMSNorm):
@@ -1033,10 +1100,11 @@ def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple
             sources = parts.get(name, {name: tuple(value.shape)})
             for source, shape in sources.items():
                 if source not in tensors.shapes:
-                    raise CheckpointError(f"{tensors.where}: tensor '{source}' is missing; expected shape {list(shape)}")
+                    raise CheckpointError(f"{tensors.where}: tensor '{source}' is missing; "
+                                          f"expected shape {list(shape)}")
                 if tensors.shapes[source] != shape:
-                    raise CheckpointError(f"{tensors.where}: tensor '{source}' has shape {list(tensors.shapes[source])}; "
-                                          f"config.json implies {list(shape)}")
+                    raise CheckpointError(f"{tensors.where}: tensor '{source}' has shape "
+                                          f"{list(tensors.shapes[source])}; config.json implies {list(shape)}")
             used.update(sources)
             placing.add(pool.submit(place, name, value, sources))
             if len(placing) > threads:
@@ -1049,17 +1117,20 @@ def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple
         raise CheckpointError(f"{tensors.where}: tensor '{extra[0]}'{more} has no place in this architecture")
     module.inverse = module.inverse.to(device)
     module.requires_grad_(False).eval()
-    for part in module.modules():        # as plain attributes: nn.Module's search for its parts took 3% of a plain decoding step
+    # as plain attributes: nn.Module's search for its parts took 3% of a plain decoding step
+    for part in module.modules():
         part.__dict__.update(part._modules)
 
 
-def _stacked(config: ModelConfig, ours: str, theirs: str, inputs: int, size: int, moe: bool = False) -> dict[str, dict[str, tuple]]:
+def _stacked(config: ModelConfig, ours: str, theirs: str, inputs: int, size: int,
+             moe: bool = False) -> dict[str, dict[str, tuple]]:
     """The tensors of one layer that we keep stacked: q, k and v; gate and up; the experts."""
     H, h, k, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
     parts = {f"{ours}self_attn.qkv_proj.weight": {f"{theirs}self_attn.{p}_proj.weight": (n * d, inputs)
                                                   for p, n in (("q", h), ("k", k), ("v", k))}}
     if not moe:
-        return parts | {f"{ours}mlp.gate_up_proj.weight": {f"{theirs}mlp.{p}_proj.weight": (size, H) for p in ("gate", "up")}}
+        return parts | {f"{ours}mlp.gate_up_proj.weight": {f"{theirs}mlp.{p}_proj.weight": (size, H)
+                                                           for p in ("gate", "up")}}
     experts = [f"{theirs}mlp.experts.{e}." for e in range(config.num_experts)]
     return parts | {
         f"{ours}mlp.gate_up_proj": {f"{e}{p}_proj.weight": (size, H) for e in experts for p in ("gate", "up")},
@@ -1069,7 +1140,8 @@ def _stacked(config: ModelConfig, ours: str, theirs: str, inputs: int, size: int
 def checkpoint_layout(model: Model) -> dict[str, dict[str, tuple]]:
     """For each parameter of a target, the tensors of its checkpoint, with their shapes, that are stacked to make it."""
     config = model.config
-    parts = {name: {f"model.{name}": tuple(value.shape)} for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    parts = {name: {f"model.{name}": tuple(value.shape)}
+             for name, value in model.state_dict().items() if name != "lm_head.weight"}
     for i in range(config.num_hidden_layers):
         moe = i in config.moe_layers
         size = config.moe_intermediate_size if moe else config.intermediate_size
@@ -1077,7 +1149,8 @@ def checkpoint_layout(model: Model) -> dict[str, dict[str, tuple]]:
     return parts | {"lm_head.weight": parts["embed_tokens.weight"]} if config.tie_word_embeddings else parts
 
 
-def unstacked(module: nn.Module, parts: dict[str, dict[str, tuple]], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def unstacked(module: nn.Module, parts: dict[str, dict[str, tuple]],
+              dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """A module's weights as its checkpoint's tensors, on the CPU: the inverse of what `_fill` does with `parts`."""
     tensors = {}
     for name, value in module.state_dict().items():
@@ -1091,20 +1164,24 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, devic
                pack: bool = True, mixed: bool = False, products: Callable | None = None) -> Model:
     """Load a target from a local folder holding config.json and safetensors.
 
-    pack: prepack its matrices, on a CPU. mixed: do so twice, for a dense model in bfloat16 on an x86 CPU, so that prompts run in bfloat16 and all
-    else, caches too, in float32: a small model decodes faster, and as exactly as in float32. products: what makes compiled
-    products of matrices (`products` in tools/kernels.py) for float32 and mixed precision; what drafts for the model takes it over. Raises
-    ValueError where it cannot be mixed, CheckpointError on an unknown architecture or field and on any missing, extra or misshapen tensor.
+    pack: prepack its matrices, on a CPU. mixed: do so twice, for a dense model in bfloat16 on an x86 CPU, so that
+    prompts run in bfloat16 and all else, caches too, in float32: a small model decodes faster, and as exactly as in
+    float32. products: what makes compiled products of matrices (`products` in tools/kernels.py) for float32 and mixed
+    precision; what drafts for the model takes it over. Raises ValueError where it cannot be mixed, CheckpointError on
+    an unknown architecture or field and on any missing, extra or misshapen tensor.
     """
     folder = Path(folder)
     if torch.device(device).type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)      # it plans a kernel for every new length of the text: some 25 ms each, on an H200
+        # it plans a kernel for every new length of the text: some 25 ms each, on an H200
+        torch.backends.cuda.enable_cudnn_sdp(False)
     config = ModelConfig.read(folder)
     if mixed and not (pack and dtype == torch.bfloat16 and mixes(config, device)):
-        raise ValueError(f"{folder}: mixed precision takes a dense model, packed, on an x86 CPU that multiplies bfloat16; try bfloat16 or float32")
+        raise ValueError(f"{folder}: mixed precision takes a dense model, packed, on an x86 CPU that multiplies "
+                         "bfloat16; try bfloat16 or float32")
     tensors, experts = _Tensors(folder), len(config.moe_layers) * config.num_experts
     if config.num_hidden_layers + experts > len(tensors.shapes):     # found out before memory is spent on them
-        raise CheckpointError(f"{folder / 'config.json'}: field 'num_hidden_layers' is {config.num_hidden_layers}, with {experts} experts in all; "
+        raise CheckpointError(f"{folder / 'config.json'}: field 'num_hidden_layers' is {config.num_hidden_layers}, "
+                              f"with {experts} experts in all; "
                               f"the checkpoint holds only {len(tensors.shapes)} tensors")
     with torch.device("meta"):
         model = Model(config)
@@ -1132,10 +1209,12 @@ def default_taps(layers: int) -> tuple[int, int, int]:
 
 
 def load_eagle3(folder: str | Path, target: Model, *, pack: bool = True) -> Eagle3:
-    """Load an EAGLE-3 head for `target`: EAGLE's `pytorch_model.bin` or a safetensors layout, in the target's dtype and device.
+    """Load an EAGLE-3 head for `target`: EAGLE's `pytorch_model.bin` or a safetensors layout,
+    in the target's dtype and device.
 
-    `t2d` is not needed and skipped; `d2t` may be absent where both vocabularies are one; `embed_tokens` is shared with the
-    target where the head has none. Raises CheckpointError, also where the head belongs to a target of another shape.
+    `t2d` is not needed and skipped; `d2t` may be absent where both vocabularies are one; `embed_tokens` is
+    shared with the target where the head has none. Raises CheckpointError, also where the head belongs to a
+    target of another shape.
     """
     folder = Path(folder)
     config = ModelConfig.read(folder, head=True)
@@ -1143,10 +1222,12 @@ def load_eagle3(folder: str | Path, target: Model, *, pack: bool = True) -> Eagl
     for name, got, want in (("vocab_size", config.vocab_size, target.config.vocab_size),
                             ("target_hidden_size", config.target_hidden_size, wanted)):
         if got != want:
-            raise CheckpointError(f"{folder / 'config.json'}: field '{name}' is {got}, but the target's is {want}: a head of another model?")
+            raise CheckpointError(f"{folder / 'config.json'}: field '{name}' is {got}, but the target's is {want}: "
+                                  "a head of another model?")
     taps = config.taps or default_taps(layers)
     if not all(-1 <= t < layers for t in taps):
-        raise CheckpointError(f"{folder / 'config.json'}: the head reads the outputs of layers {taps}; the target has {layers}")
+        raise CheckpointError(f"{folder / 'config.json'}: the head reads the outputs of layers {taps}; "
+                              f"the target has {layers}")
 
     def rename(name):  # every published layout down to EAGLE's own, then ours without 'midlayer.'
         for prefix in ("model.", "midlayer.", "layers.0."):
@@ -1159,14 +1240,18 @@ def load_eagle3(folder: str | Path, target: Model, *, pack: bool = True) -> Eagl
     shared = "embed_tokens.weight" not in tensors.shapes
     if shared:
         if config.hidden_size != wanted:
-            raise CheckpointError(f"{tensors.where}: tensor 'embed_tokens.weight' is missing and the target's is {wanted} wide, not {config.hidden_size}")
+            raise CheckpointError(f"{tensors.where}: tensor 'embed_tokens.weight' is missing "
+                                  f"and the target's is {wanted} wide, not {config.hidden_size}")
         head.embed_tokens = None
     if "d2t" not in tensors.shapes:
         if config.draft_vocab_size != config.vocab_size:
-            raise CheckpointError(f"{tensors.where}: tensor 'd2t' is missing; expected shape [{config.draft_vocab_size}]")
+            raise CheckpointError(f"{tensors.where}: tensor 'd2t' is missing; "
+                                  f"expected shape [{config.draft_vocab_size}]")
         del head.d2t
-    _fill(head, tensors, _stacked(config, "", "", 2 * config.hidden_size, config.intermediate_size), target.dtype, target.device,
-          {"t2d", *(name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq"))}, pack, target.mixed, products=target.products)
+    _fill(head, tensors, _stacked(config, "", "", 2 * config.hidden_size, config.intermediate_size),
+          target.dtype, target.device,
+          {"t2d", *(name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq"))},
+          pack, target.mixed, products=target.products)
     if shared:
         head.embed_tokens = target.embed_tokens
     if not hasattr(head, "d2t"):
@@ -1177,11 +1262,11 @@ def load_eagle3(folder: str | Path, target: Model, *, pack: bool = True) -> Eagl
 
 
 def load_draft(folder: str | Path, target: Model) -> Eagle3 | Model:
-    """What drafts for `target`: an EAGLE-3 head, or a smaller model, where config.json names one of `ARCHITECTURES` and none of the
-    fields that only heads have (EAGLE's own call themselves LlamaForCausalLM too).
+    """What drafts for `target`: an EAGLE-3 head, or a smaller model, where config.json names one of `ARCHITECTURES` and
+    none of the fields that only heads have (EAGLE's own call themselves LlamaForCausalLM too).
 
-    A model must have the target's vocab_size, padding included: so have all Qwen3 sizes (151936) and Llama 3.x (128256). Raises
-    CheckpointError."""
+    A model must have the target's vocab_size, padding included: so have all Qwen3 sizes (151936) and Llama 3.x
+    (128256). Raises CheckpointError."""
     path = Path(folder) / "config.json"
     raw = read_json(path)
     names = raw.get("architectures")
@@ -1190,13 +1275,14 @@ def load_draft(folder: str | Path, target: Model) -> Eagle3 | Model:
         return load_eagle3(folder, target)
     config, want = ModelConfig.read(Path(folder)), target.config.vocab_size
     if config.vocab_size != want:
-        raise CheckpointError(f"{path}: field 'vocab_size' is {config.vocab_size}, but the target's is {want}: a draft model needs the target's vocabulary")
+        raise CheckpointError(f"{path}: field 'vocab_size' is {config.vocab_size}, but the target's is {want}: "
+                              "a draft model needs the target's vocabulary")
     return load_beside(folder, target)
 
 
 def load_beside(folder: str | Path, target: Model) -> Model:
-    """Load another model that runs as `target` does: its dtype, device, products and graphs, and mixed where it is and both can be. Raises
-    CheckpointError."""
+    """Load another model that runs as `target` does: its dtype, device, products and graphs, and mixed where it is and
+    both can be. Raises CheckpointError."""
     mixed = target.mixed and mixes(ModelConfig.read(Path(folder)), target.device)
     model = load_model(folder, dtype=target.dtype, device=target.device, mixed=mixed, products=target.products)
     model.graphs, model.compiled = target.graphs, target.compiled

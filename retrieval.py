@@ -1,7 +1,7 @@
 """Two stores that guess continuations at next to no cost: an adjacency matrix and an n-gram index. Imports only torch.
 
-Both answer with a branch (tokens, parents, scores): a small tree whose parents come first, -1 meaning the token it grows
-from, and whose scores estimate the log-probability that the target follows it that far.
+Both answer with a branch (tokens, parents, scores): a small tree whose parents come first, -1 meaning the token it
+grows from, and whose scores estimate the log-probability that the target follows it that far.
 """
 
 import heapq
@@ -18,14 +18,17 @@ from torch import Tensor
 
 Branch = tuple[list[int], list[int], list[float]]
 RANK_PROBABILITIES = (0.3, 0.1, 0.06, 0.045, 0.03, 0.02, 0.02, 0.02)   # that a row's r-th token comes next
-MATCH_PROBABILITIES = (0.0, 0.2, 0.51, 0.57, 0.67, 0.74, 0.77, 0.83, 0.92)   # that text goes on as after an m-token match
+# that text goes on as after an m-token match
+MATCH_PROBABILITIES = (0.0, 0.2, 0.51, 0.57, 0.67, 0.74, 0.77, 0.83, 0.92)
 
 
 @lru_cache(maxsize=256)
-def template(size: int, ranks: tuple[float, ...], depth: int = 16) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]:
+def template(size: int, ranks: tuple[float, ...],
+             depth: int = 16) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]:
     """The fixed tree of ranks for `size` free slots: parents, ranks and log-probabilities of its likeliest nodes.
 
-    With falling `ranks` it is unbalanced as in the paper: the rank-0 chain runs deepest, lower ranks get fewer children.
+    With falling `ranks` it is unbalanced as in the paper: the rank-0 chain runs deepest,
+    lower ranks get fewer children.
     """
     parents, chosen, scores = [], [], []
     heap = [(-math.log(p), r, -1, 1) for r, p in enumerate(ranks) if p > 0]
@@ -45,26 +48,28 @@ def template(size: int, ranks: tuple[float, ...], depth: int = 16) -> tuple[tupl
 class AdjacencyMatrix:
     """M: row x holds the k likeliest successors of token x when the target last verified it; -1 where it never has.
 
-    [vocab, k] int32, bounded by its shape. Source: the Graft paper, and Token Recycling (arXiv 2408.08696), which introduced the
-    matrix. The paper keeps it on the target's device; on the host a proposal launches nothing.
+    [vocab, k] int32, bounded by its shape. Source: the Graft paper, and Token Recycling (arXiv 2408.08696), which
+    introduced the matrix. The paper keeps it on the target's device; on the host a proposal launches nothing.
     """
 
     def __init__(self, vocab_size: int, k: int = 8, ranks: tuple[float, ...] = RANK_PROBABILITIES):
-        self.flat = array("i", [-1]) * (vocab_size * k)               # the same memory twice: an entry of a tensor takes a hundred times as long to read
+        # the same memory twice: an entry of a tensor takes a hundred times as long to read
+        self.flat = array("i", [-1]) * (vocab_size * k)
         self.rows = torch.frombuffer(self.flat, dtype=torch.int32).view(vocab_size, k)
         self.ranks = tuple(ranks[:k])
 
     def update(self, tokens: Tensor, logits: Tensor, top: Callable = torch.topk) -> None:
-        """Write the successors of each verified token: tokens [n], logits [n, vocab], on any device. top: finds them as torch.topk does."""
+        """Write the successors of each verified token: tokens [n], logits [n, vocab], on any device. top: finds them as
+        torch.topk does."""
         self.rows[tokens.cpu()] = top(logits, self.rows.shape[1])[1].int().cpu()
 
     def propose(self, anchors: list[int], size: int) -> list[Branch]:
-        """For each anchor token, the template for `size` nodes filled from the matrix. A row never written yields no node, and so nothing
-        below it."""
+        """For each anchor token, the template for `size` nodes filled from the matrix. A row never written yields no
+        node, and so nothing below it."""
         branches, k = [], self.rows.shape[1]
         for anchor in anchors:
             tokens, parents, scores = branch = [], [], []
-            place = {-1: -1}                                          # the template's nodes that there are, as the branch's
+            place = {-1: -1}  # the template's nodes that there are, as the branch's
             for node, (parent, rank, score) in enumerate(zip(*template(size, self.ranks))):
                 if parent in place:
                     above = place[parent]
@@ -81,9 +86,9 @@ class AdjacencyMatrix:
 class NGramIndex:
     """The latest earlier places where the text ended as it does now, over prompt, output and an optional corpus.
 
-    A dictionary from token pairs to the last `places` positions after them; how much more than the pair agrees is found by
-    comparing backwards. Lookup costs places * longest comparisons whatever the length of the text. Holds at most `capacity`
-    tokens: when they are exceeded the older half is forgotten.
+    A dictionary from token pairs to the last `places` positions after them; how much more than the pair agrees is found
+    by comparing backwards. Lookup costs places * longest comparisons whatever the length of the text. Holds at most
+    `capacity` tokens: when they are exceeded the older half is forgotten.
     """
 
     def __init__(self, capacity: int = 1 << 20, places: int = 16, longest: int = 8,
@@ -121,7 +126,8 @@ class NGramIndex:
     def propose(self, size: int, path: tuple[int, ...] = (), depth: int = 16) -> Branch:
         """The `size` likeliest continuations of text + `path`, as one weighted tree.
 
-        Places that match longer weigh more (match length + 1, squared); where they disagree the probability is shared out by weight.
+        Places that match longer weigh more (match length + 1, squared); where they disagree the probability is
+        shared out by weight.
         """
         text, places, branch = self.tokens, self.matches_of(path), ([], [], [])
         heap = []
@@ -151,8 +157,8 @@ class NGramIndex:
 
 @contextmanager
 def whole(path):
-    """A file to write that takes the place of `path` once it is complete: a full disk or Ctrl-C leaves what was there. Raises
-    OSError that names `path`, whatever the writer raised."""
+    """A file to write that takes the place of `path` once it is complete: a full disk or Ctrl-C leaves what was there.
+    Raises OSError that names `path`, whatever the writer raised."""
     path = os.path.realpath(path)
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f"{path}: not a plain file")
@@ -167,11 +173,12 @@ def whole(path):
 
 
 def save_stores(path, adjacency: AdjacencyMatrix, ngrams: NGramIndex, skip: int = 0) -> None:
-    """Write both stores, the index without its first `skip` tokens, to a safetensors file, so that a later run starts warm. Raises OSError
-    as `whole` does."""
+    """Write both stores, the index without its first `skip` tokens, to a safetensors file, so that a later run starts
+    warm. Raises OSError as `whole` does."""
     from safetensors.torch import save_file
     with whole(path) as partial:
-        save_file({"adjacency": adjacency.rows, "tokens": torch.tensor(ngrams.tokens[skip:], dtype=torch.int32)}, partial)
+        save_file({"adjacency": adjacency.rows, "tokens": torch.tensor(ngrams.tokens[skip:], dtype=torch.int32)},
+                  partial)
 
 
 def load_stores(path, adjacency: AdjacencyMatrix, ngrams: NGramIndex) -> None:
@@ -185,10 +192,12 @@ def load_stores(path, adjacency: AdjacencyMatrix, ngrams: NGramIndex) -> None:
         raise ValueError(f"{path}: not a store that Graft saved ({error})") from None
     vocab = adjacency.rows.shape[0]
     if rows.shape != adjacency.rows.shape or rows.dtype != torch.int32:
-        raise ValueError(f"{path}: adjacency has shape {list(rows.shape)}; this model needs {list(adjacency.rows.shape)} of int32")
+        raise ValueError(f"{path}: adjacency has shape {list(rows.shape)}; "
+                         f"this model needs {list(adjacency.rows.shape)} of int32")
     if tokens.dtype != torch.int32 or tokens.dim() != 1:
         raise ValueError(f"{path}: tokens has shape {list(tokens.shape)} of {tokens.dtype}; expected one row of int32")
-    if rows.numel() and (rows.min() < -1 or rows.max() >= vocab) or tokens.numel() and (tokens.min() < -1 or tokens.max() >= vocab):
+    if (rows.numel() and (rows.min() < -1 or rows.max() >= vocab)
+            or tokens.numel() and (tokens.min() < -1 or tokens.max() >= vocab)):
         raise ValueError(f"{path}: holds token ids outside the vocabulary of {vocab}")
     adjacency.rows.copy_(rows)
     ngrams.append(tokens.tolist() + [-1])

@@ -25,14 +25,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 if __name__ == "__main__":
-    signalled = signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C before `main` just ends the process: no traceback from an import
-    gc.disable()                                               # until all is loaded: its passes over what torch makes take a tenth of a start
+    # Ctrl-C before `main` just ends the process: no traceback from an import
+    signalled = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    gc.disable()      # until all is loaded: its passes over what importing torch makes take a tenth of a start
 
 import torch  # noqa: E402
 
 sys.path += [str(Path(__file__).resolve().parent / folder) for folder in ("tools", "variants")]
 from demo_model import at_least, command_line, demo_model  # noqa: E402
-from graft import METHODS, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, Stats, measure_cost, run_rounds, tune  # noqa: E402
+from graft import (METHODS, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, Stats,  # noqa: E402
+                   measure_cost, run_rounds, tune)
 from kernels import compiler, instructions, kernels, products  # noqa: E402
 from model import CheckpointError, Model, fetch_checkpoint, load_draft, load_model, read_json  # noqa: E402
 from render_template import render_template  # noqa: E402
@@ -42,13 +44,17 @@ from tree import TARGET, Tree  # noqa: E402
 DEMO_HEAD = Path(__file__).resolve().parent / "assets" / "smollm2-135m-eagle3"
 DEMO_STORE = DEMO_HEAD.parent / "smollm2-135m-store.safetensors"   # tools/warm_store.py
 CALIBRATION = DEMO_HEAD.parent / "calibration"                     # tools/calibrate.py
-CALIBRATED = {"budget", "depth", "draft_top_k", "checkpoints", "thresholds", "retained", "trust", "adjacency", "verify_cost"}   # the fields that it chooses
-CPU_BUDGET, GPU_BUDGET = 15, 60      # nodes below the root where nodes have no price; a CPU pays for each, a large GPU hardly
-GPU_CHUNK = 2048                     # tokens of a prompt a forward, on a GPU, which waits for the launches of 512 longer than for their work
+CALIBRATED = {"budget", "depth", "draft_top_k", "checkpoints", "thresholds", "retained", "trust",
+              "adjacency", "verify_cost"}  # the fields that it chooses
+# nodes below the root where nodes have no price; a CPU pays for each, a large GPU hardly
+CPU_BUDGET, GPU_BUDGET = 15, 60
+# tokens of a prompt a forward, on a GPU, which waits for the launches of 512 longer than for their work
+GPU_CHUNK = 2048
 PAPER = dict(budget=60, depth=7, draft_top_k=10, verify_cost=())   # EAGLE-3's defaults, on which the paper builds
 ABLATIONS = {                        # what bench runs besides the methods: the method, and what it changes
     "eagle_60": ("eagle", PAPER),
-    "graft_60": ("graft", PAPER | {name: getattr(GraftConfig, name) for name in ("checkpoints", "thresholds", "retained", "trust", "adjacency")}),
+    "graft_60": ("graft", PAPER | {name: getattr(GraftConfig, name)
+                                   for name in ("checkpoints", "thresholds", "retained", "trust", "adjacency")}),
     "graft_at_root": ("graft", dict(graft_anchors=0)),       # pruned; METHODS' graft_root is not
     "graft_adjacency": ("graft", dict(adjacency=True)),      # where calibration leaves it out
     "graft_no_adjacency": ("graft", dict(adjacency=False)),
@@ -63,9 +69,11 @@ VARIANTS = {                         # methods of the neighbours, each with its 
     "via_sd": "via_sd",
     "dflash": "dflash", "dflash_graft_tail": "dflash", "dflash_graft": "dflash",
 }
-OWN_DRAFT = {name for name, module in VARIANTS.items() if module in ("universal", "dflash")}   # variants that load --draft themselves
+# variants that load --draft themselves
+OWN_DRAFT = {name for name, module in VARIANTS.items() if module in ("universal", "dflash")}
 EVERY = [*METHODS, *ABLATIONS, *VARIANTS]
-NEAR_TIE = {"float32": 1e-3, "mixed": 0.5, "bfloat16": 0.5, "float16": 0.1}   # gap of two float32 logits that rounding in this dtype can close
+# gap of two float32 logits that rounding in this dtype can close
+NEAR_TIE = {"float32": 1e-3, "mixed": 0.5, "bfloat16": 0.5, "float16": 0.1}
 
 
 def say(*words, end="\n") -> None:
@@ -75,7 +83,8 @@ def say(*words, end="\n") -> None:
 # --------------------------------------------------------------------------------------------------------------- text
 
 class Text:
-    """Tokenizer and chat template of a checkpoint folder. What a user writes never becomes a control token unless asked."""
+    """Tokenizer and chat template of a checkpoint folder. What a user writes never becomes a control
+    token unless asked."""
 
     def __init__(self, folder: Path):
         from tokenizers import Tokenizer
@@ -83,7 +92,8 @@ class Text:
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{folder / 'tokenizer.json'}: not a usable tokenizer ({str(error).splitlines()[0]:.120})") from None
+            raise ValueError(f"{folder / 'tokenizer.json'}: not a usable tokenizer "
+                             f"({str(error).splitlines()[0]:.120})") from None
         self.tokenizer.encode_special_tokens = True       # control tokens in plain text are plain text
         added = self.tokenizer.get_added_tokens_decoder()
         self.control = {token.content: i for i, token in added.items() if token.special}
@@ -93,10 +103,12 @@ class Text:
         config = read_json(path) if path.exists() else {}
         template = config.get("chat_template")
         if isinstance(template, list):                    # several named ones: the default
-            template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
+            template = next((t.get("template") for t in template
+                             if isinstance(t, dict) and t.get("name") == "default"), None)
         self.template = read_text(str(own), "chat template") if own.exists() else template
         tokens = {name: config.get(name) for name in ("bos_token", "eos_token")}
-        self.names = {name: (token.get("content") if isinstance(token, dict) else token) or "" for name, token in tokens.items()}
+        self.names = {name: (token.get("content") if isinstance(token, dict) else token) or ""
+                      for name, token in tokens.items()}
         for name, value in {"chat_template": self.template or "", **self.names}.items():
             if not isinstance(value, str):
                 raise ValueError(f"{path}: field '{name}' is {value!r:.80}; expected text")
@@ -104,7 +116,8 @@ class Text:
     def check(self, model: Model) -> None:
         """Raise CheckpointError unless the model knows every token."""
         if (size := self.tokenizer.get_vocab_size()) > model.config.vocab_size:
-            raise CheckpointError(f"{self.folder}: the tokenizer has {size} tokens, the model {model.config.vocab_size}: they do not belong together")
+            raise CheckpointError(f"{self.folder}: the tokenizer has {size} tokens, "
+                                  f"the model {model.config.vocab_size}: they do not belong together")
 
     def encode(self, text: str, begin: bool = False) -> list[int]:
         """begin: with the tokens that the tokenizer puts around a whole text, such as Llama's first."""
@@ -118,7 +131,8 @@ class Text:
         pieces = self.splitter.split(text) if self.splitter else [text]
         ids = []
         for piece in pieces:
-            ids += [self.control[piece]] if piece in self.control else self.encode(piece.replace(mark, "") if mark else piece)
+            ids += ([self.control[piece]] if piece in self.control else
+                    self.encode(piece.replace(mark, "") if mark else piece))
         return ids
 
     def render(self, messages: list[dict]) -> str:
@@ -126,7 +140,8 @@ class Text:
         return render_template(self.template, messages, self.names)
 
     def prompt(self, messages: list[dict]) -> list[int]:
-        """Token ids of a conversation. Control tokens come from the template alone: those a message spells are broken by a mark."""
+        """Token ids of a conversation. Control tokens come from the template alone: those a message spells are
+        broken by a mark."""
         written = "".join(message["content"] for message in messages)
         mark = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in written)
         shield = lambda text: self.splitter.sub(lambda m: m[0][0] + mark + m[0][1:], text) if self.splitter else text
@@ -151,8 +166,9 @@ class Stream:
             return ""
         before = self.text.decode(self.ids[self.window:self.shown])
         self.pending += fresh[len(before):]
-        self.window, self.shown = self.shown, len(self.ids)    # decode the next piece behind this one: spaces come out right
-        for stop in self.stops:                                # none begins in what was shown: as much is held back
+        # decode the next piece behind this one: spaces come out right
+        self.window, self.shown = self.shown, len(self.ids)
+        for stop in self.stops:  # none begins in what was shown: as much is held back
             if (found := self.pending.find(stop)) >= 0:
                 self.pending, last = self.pending[:found], True
         held = 0 if last else max((len(stop) - 1 for stop in self.stops), default=0)
@@ -163,7 +179,8 @@ class Stream:
 
 
 def stop_check(text: Text, stops: list[str]):
-    """The predicate `generate` asks after every token: does the text now hold a stop string? A token is a byte at least."""
+    """The predicate `generate` asks after every token: does the text now hold a stop string? A token is
+    a byte at least."""
     if not stops:
         return None
     reach = max(len(stop.encode()) for stop in stops) + 8
@@ -174,8 +191,8 @@ def stop_check(text: Text, stops: list[str]):
 
 @dataclass
 class Plan:
-    """How a method runs: its settings, what drafts for it (a fresh one for each text), its own `verify` if it has one, and whether
-    its output may differ from plain decoding."""
+    """How a method runs: its settings, what drafts for it (a fresh one for each text), its own `verify` if it has one,
+    and whether its output may differ from plain decoding."""
 
     config: GraftConfig
     new_drafter: Callable = lambda: None
@@ -209,22 +226,25 @@ class Setup:
         start = self.store if self.store and self.store.exists() else self.warm
         if start:
             load_stores(start, adjacency, ngrams)
-        return State(self.model, (plan or self.plan("graft" if self.head else "retrieve")).new_drafter(), adjacency, ngrams)
+        return State(self.model, (plan or self.plan("graft" if self.head else "retrieve")).new_drafter(),
+                     adjacency, ngrams)
 
     def keep(self, state: State) -> None:
         """Write --store; what comes from --corpus is read anew each time."""
         if self.store:
             count = len(self.corpus)
-            save_stores(self.store, state.adjacency, state.ngrams, count if state.ngrams.tokens[:count] == self.corpus else 0)
+            save_stores(self.store, state.adjacency, state.ngrams,
+                        count if state.ngrams.tokens[:count] == self.corpus else 0)
 
     def plan(self, method: str) -> Plan:
-        """Of a method, an ablation or a variant. A variant's file has `prepare(setup, method)`, which returns a Plan's fields."""
+        """Of a method, an ablation or a variant. A variant's file has `prepare(setup, method)`,
+        which returns a Plan's fields."""
         if method in VARIANTS:
             return Plan(*importlib.import_module(VARIANTS[method]).prepare(self, method))
         config = self.configure(method)
         if METHODS[config.method].draft and not self.head:
             raise ValueError(f"method '{method}' needs a draft head; give --draft")
-        if not METHODS[config.method].draft:                     # a drafter that reads nothing would have a conversation read again
+        if not METHODS[config.method].draft:  # a drafter that reads nothing would have a conversation read again
             return Plan(config)
         if isinstance(self.head, Model):
             return Plan(config, lambda: ModelDrafter(self.head))
@@ -233,7 +253,8 @@ class Setup:
     def configure(self, method: str) -> GraftConfig:
         """The configuration of a method or an ablation, with what was calibrated for this device."""
         method, changes = ABLATIONS.get(method, (method, {}))
-        like = "eagle" if METHODS[method].draft and not METHODS[method].prune else "graft" if method.startswith("graft") else method
+        like = ("eagle" if METHODS[method].draft and not METHODS[method].prune else
+                "graft" if method.startswith("graft") else method)
         tuned = self.tuned.get(like, {})
         if METHODS[method].draft and "graft" in self.tuned:          # ablations of graft use the matrix if it does
             tuned = tuned | {"adjacency": self.tuned["graft"].get("adjacency", True)}
@@ -255,7 +276,8 @@ class Setup:
     def ids(self, messages: list[dict]) -> list[int]:
         if not self.chat:
             return self.text.encode(messages[-1]["content"], begin=True)
-        return self.text.prompt(([{"role": "system", "content": self.system}] if self.system is not None else []) + messages)
+        return self.text.prompt(
+            ([{"role": "system", "content": self.system}] if self.system is not None else []) + messages)
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -265,12 +287,14 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).tolist()           # there is a device named meta, which holds no numbers
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device is {name!r}, which does not work here: {str(error).splitlines()[0]:.100}; try cpu or cuda") from None
+        raise ValueError(f"--device is {name!r}, which does not work here: {str(error).splitlines()[0]:.100}; "
+                         "try cpu or cuda") from None
     return device
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU does. oneDNN says yes wherever it can imitate it, at half the speed of float32 or less: on x86 ask the hardware."""
+    """Whether this CPU does. oneDNN says yes wherever it can imitate it, at half the speed of float32 or less: on x86
+    ask the hardware."""
     if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -293,8 +317,9 @@ def flag(name: str, value: bool | None) -> list[str]:
 
 
 def choose_products(asked: bool | None, device: torch.device, dtype: torch.dtype) -> Callable | None:
-    """What makes compiled products on a CPU: where they are asked for, and, where nothing was said, for float32 on the processors that they were measured on,
-    if there is a compiler. Raises ValueError where they are asked for and cannot be had."""
+    """What makes compiled products on a CPU: where they are asked for, and, where nothing was said, for float32 on
+    the processors that they were measured on, if there is a compiler. Raises ValueError where they are asked for
+    and cannot be had."""
     measured = dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     if device.type != "cpu" or not (measured and shutil.which(compiler()[0]) if asked is None else asked):
         return None
@@ -319,26 +344,32 @@ def set_up(args, calibrated: bool = True) -> Setup:
             mixed = dtype == torch.bfloat16
         if not mixed and dtype != torch.float32:
             raise ValueError(f"--compile is, on a CPU, for float32 and mixed precision; --dtype is {args.dtype}")
-    model = load_model(folder, dtype=dtype, device=device, mixed=mixed, products=choose_products(args.compile, device, dtype))
-    model.graphs, model.compiled = False if args.no_graphs else None, bool(args.compile)       # what drafts for it follows
+    model = load_model(folder, dtype=dtype, device=device, mixed=mixed,
+                       products=choose_products(args.compile, device, dtype))
+    model.graphs, model.compiled = False if args.no_graphs else None, bool(args.compile)  # what drafts for it follows
     if args.compile and device.type == "cuda":
         say("Compiling as forwards come: half a minute, less once torch has kept some of it ...")
     text.check(model)
     own = OWN_DRAFT & asked(args)
-    others = {name for name in asked(args) - own if METHODS.get(ABLATIONS.get(name, (name,))[0], METHODS["graft"]).draft}
+    others = {name for name in asked(args) - own
+              if METHODS.get(ABLATIONS.get(name, (name,))[0], METHODS["graft"]).draft}
     if args.draft and own and others:
-        raise ValueError(f"--draft is {args.draft}, which cannot be for both {','.join(sorted(own))} and {','.join(sorted(others))}; compare them in two runs")
+        raise ValueError(f"--draft is {args.draft}, which cannot be for both {','.join(sorted(own))} "
+                         f"and {','.join(sorted(others))}; compare them in two runs")
     draft = not own and args.draft or (str(DEMO_HEAD) if not args.model and DEMO_HEAD.is_dir() else None)
     head = load_draft(fetch_checkpoint(draft), model) if draft else None
     for network in (model, head) if model.products else ():
         if network:
             network.kernels = kernels(network)
     if args.compile and model.products and not model.kernels:
-        raise ValueError(f"{folder}: --compile takes, on a CPU, dense models whose matrices bfloat16 holds, in sizes that are multiples of 32; leave it out")
+        raise ValueError(f"{folder}: --compile takes, on a CPU, dense models whose matrices bfloat16 holds, "
+                         "in sizes that are multiples of 32; leave it out")
     if args.draft_window and not head:
-        raise ValueError(f"--draft-window is {args.draft_window}, and there is no draft head; give --draft, or leave it out")
+        raise ValueError(f"--draft-window is {args.draft_window}, and there is no draft head; "
+                         "give --draft, or leave it out")
     if isinstance(head, Model) and args.draft_window:
-        raise ValueError(f"--draft-window is {args.draft_window}, but --draft names a model, which reads all of the text; leave it out")
+        raise ValueError(f"--draft-window is {args.draft_window}, but --draft names a model, "
+                         "which reads all of the text; leave it out")
     method = getattr(args, "method", None) or ("graft" if head else "retrieve")
     chat = text.template is not None if args.chat is None else args.chat
     if chat and text.template is None:
@@ -346,8 +377,9 @@ def set_up(args, calibrated: bool = True) -> Setup:
     if args.system is not None and not chat:
         raise ValueError("--system needs a chat template; leave it out with --no-chat")
     corpus = text.encode(read_text(args.corpus, "--corpus")) + [-1] if args.corpus else []
-    config = GraftConfig(max_new_tokens=args.max_new_tokens, seed=args.seed, temperature=args.temperature, top_k=args.top_k,
-                         top_p=args.top_p, min_p=args.min_p, repetition_penalty=args.repetition_penalty,
+    config = GraftConfig(max_new_tokens=args.max_new_tokens, seed=args.seed, temperature=args.temperature,
+                         top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
+                         repetition_penalty=args.repetition_penalty,
                          budget=args.budget or (CPU_BUDGET if device.type == "cpu" else GPU_BUDGET),
                          prefill_chunk=GraftConfig.prefill_chunk if device.type == "cpu" else GPU_CHUNK)
     tuned = settings(args, model) if calibrated else {}
@@ -367,8 +399,8 @@ def set_up(args, calibrated: bool = True) -> Setup:
 
 
 def calibration(model: Model, checkpoint: str | None = None) -> Path:
-    """Where the settings are kept that were calibrated for a checkpoint; None: the demo model. With compiled products nodes are cheaper, by what the
-    CPU can."""
+    """Where the settings are kept that were calibrated for a checkpoint; None: the demo model. With compiled products
+    nodes are cheaper, by what the CPU can."""
     name = Path(checkpoint).name if checkpoint else "smollm2-135m-instruct"
     return CALIBRATION / f"{name}-{model.device.type}-{instructions() if model.products else model.precision}.json"
 
@@ -379,8 +411,8 @@ def asked(args) -> set[str]:
 
 
 def settings(args, model: Model) -> dict:
-    """By method, fields of GraftConfig: from --calibration, or the demo model's own for this device. On a CPU for which there are none, or with other threads, the
-    prices of what is asked for are measured now."""
+    """By method, fields of GraftConfig: from --calibration, or the demo model's own for this device. On a CPU for which
+    there are none, or with other threads, the prices of what is asked for are measured now."""
     path = Path(args.calibration) if args.calibration else calibration(model) if not args.model else None
     if not args.calibration and (path is None or not path.exists()):
         priced = asked(args) - {name for name, method in METHODS.items() if not method.prune}
@@ -388,10 +420,12 @@ def settings(args, model: Model) -> dict:
         return {name: dict(fields) for name in ("retrieve", "prune", "graft") if fields}
     tuned, machine = read_calibration(path)
     priced = [fields for fields in tuned.values() if "verify_cost" in fields]
-    if priced and not args.calibration and model.device.type == "cpu" and machine != (processor(), torch.get_num_threads()):
+    if (priced and not args.calibration and model.device.type == "cpu"
+            and machine != (processor(), torch.get_num_threads())):
         cost = measure_cost(model, max(fields["budget"] for fields in priced))
         for fields in priced:
-            fields["verify_cost"] = tuple(fields["verify_cost"][0] * each / cost[0] for each in cost[:fields["budget"] + 1])
+            fields["verify_cost"] = tuple(fields["verify_cost"][0] * each / cost[0]
+                                          for each in cost[:fields["budget"] + 1])
     return tuned
 
 
@@ -401,10 +435,12 @@ def read_calibration(path: Path) -> tuple[dict, tuple]:
         report = json.loads(path.read_text(encoding="utf-8"))
         methods, machine = report["methods"], report.get("environment") or {}
         machine = machine.get("device"), machine.get("threads")
-        tuned = {name: {k: tuple(v) if isinstance(v, list) else v for k, v in entry["config"].items()} for name, entry in methods.items() if "config" in entry}
+        tuned = {name: {k: tuple(v) if isinstance(v, list) else v for k, v in entry["config"].items()}
+                 for name, entry in methods.items() if "config" in entry}
         for fields in tuned.values():
             if set(fields) - CALIBRATED or "budget" not in fields:
-                raise ValueError(f"fields are {', '.join(fields)}; expected budget and some of {', '.join(sorted(CALIBRATED))}")
+                raise ValueError(f"fields are {', '.join(fields)}; "
+                                 f"expected budget and some of {', '.join(sorted(CALIBRATED))}")
             GraftConfig(**fields)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"calibration {path}: not a file that tools/calibrate.py wrote ({error})") from None
@@ -434,7 +470,8 @@ COLOURS = {"root": "1", "draft": "36", "ngram": "33", "adjacency": "35"}
 
 
 def draw_tree(tree: Tree, path: list[int], text: Text, colour: bool) -> str:
-    """One line a node: its token, its source and its estimated probability; the accepted path is marked with a bullet."""
+    """One line a node: its token, its source and its estimated probability; the accepted path is
+    marked with a bullet."""
     def paint(code, words):
         return f"\033[{code}m{words}\033[0m" if colour else words
 
@@ -465,8 +502,10 @@ def show_reading(read: int, total: int) -> None:
         say("\r" + (bar if read < total else "\033[K"), end="")
 
 
-def answer(setup: Setup, plan: Plan, ids: list[int], state: State, args, show=None) -> tuple[list[int], str, Stats, float]:
-    """Generate, stream the text to `show`, and return tokens, text, statistics and seconds. Ctrl-C keeps what is there."""
+def answer(setup: Setup, plan: Plan, ids: list[int], state: State, args,
+           show=None) -> tuple[list[int], str, Stats, float]:
+    """Generate, stream the text to `show`, and return tokens, text, statistics and seconds.
+    Ctrl-C keeps what is there."""
     start, stream = time.perf_counter(), Stream(setup.text, args.stop)
     sequence = Sequence(setup.model, ids, plan.config, state, stop_check(setup.text, args.stop), show_reading)
     stats, emit = sequence.stats, show if show and not args.show_tree else lambda piece: None
@@ -474,7 +513,8 @@ def answer(setup: Setup, plan: Plan, ids: list[int], state: State, args, show=No
         for number, (_, step) in enumerate(run_rounds(setup.model, [sequence], plan.verify)):
             if args.show_tree and show and step.tree:
                 colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-                own = json.dumps(setup.text.tokenizer.decode(step.tokens[-1:], skip_special_tokens=False), ensure_ascii=False)
+                own = json.dumps(setup.text.tokenizer.decode(step.tokens[-1:], skip_special_tokens=False),
+                                 ensure_ascii=False)
                 print(f"\nround {number}: {len(step.tree) - 1} nodes, {len(step.path) - 1} accepted"
                       + (f", then the target's own {own}" if step.sources[-1] == TARGET else ""))
                 print(draw_tree(step.tree, step.path, setup.text, colour), flush=True)
@@ -487,8 +527,8 @@ def answer(setup: Setup, plan: Plan, ids: list[int], state: State, args, show=No
 
 def summary(setup: Setup, method: str, stats: Stats, seconds: float) -> str:
     model = setup.model
-    return (f"{stats.tokens} tokens in {seconds:.2f} s, {stats.tokens / seconds:.1f} tokens/s, {stats.mean_accepted:.2f} tokens a round "
-            f"({method}, {model.precision}, {model.device.type})")
+    return (f"{stats.tokens} tokens in {seconds:.2f} s, {stats.tokens / seconds:.1f} tokens/s, "
+            f"{stats.mean_accepted:.2f} tokens a round ({method}, {model.precision}, {model.device.type})")
 
 
 def command_generate(args) -> int:
@@ -555,7 +595,8 @@ def command_chat(args) -> int:
             try:
                 check_text(line)
                 ids = setup.ids([*messages, turn])
-                _, text, stats, seconds = answer(setup, plan, ids, state, args, lambda piece: print(piece, end="", flush=True))
+                _, text, stats, seconds = answer(setup, plan, ids, state, args,
+                                                 lambda piece: print(piece, end="", flush=True))
             except ValueError as error:
                 say(f"error: {' '.join(str(error).split())}")
                 continue
@@ -571,7 +612,8 @@ def command_chat(args) -> int:
 
 def read_prompts(path: str, per_task: int | None) -> list[dict]:
     prompts, counts = [], {}
-    for number, line in enumerate(read_text(path, "--prompts").split("\n"), 1):        # splitlines would cut inside JSON's strings too
+    # splitlines would cut inside JSON's strings too
+    for number, line in enumerate(read_text(path, "--prompts").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -579,7 +621,8 @@ def read_prompts(path: str, per_task: int | None) -> list[dict]:
             first, *_ = entry["turns"] if isinstance(entry["turns"], list) else ()
             entry = {"id": str(entry["id"]), "task": str(entry["task"]), "text": check_text(first)}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f"{path}, line {number}: expected an object with 'id', 'task' and 'turns' (a list of texts)") from None
+            raise ValueError(f"{path}, line {number}: expected an object with 'id', 'task' and 'turns' "
+                             "(a list of texts)") from None
         counts[entry["task"]] = counts.get(entry["task"], 0) + 1
         if per_task is None or counts[entry["task"]] <= per_task:
             prompts.append(entry)
@@ -592,14 +635,16 @@ def processor() -> str:
     """The CPU's name."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
+        name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo")
+                     if line.startswith("model name")), name)
     return name
 
 
 def environment(setup: Setup) -> dict:
     device = setup.model.device
     return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(), "kind": device.type,
-            "dtype": setup.model.precision, "compiled": bool(setup.model.kernels or setup.model.compiled), "torch": torch.__version__, "threads": torch.get_num_threads(),
+            "dtype": setup.model.precision, "compiled": bool(setup.model.kernels or setup.model.compiled),
+            "torch": torch.__version__, "threads": torch.get_num_threads(),
             "python": platform.python_version(), "seed": setup.base.seed}
 
 
@@ -609,7 +654,8 @@ def quartiles(ratios: list[float]) -> list[float]:
 
 
 def total(runs: list[dict], plain: list[dict] | None) -> dict:
-    """Sums over prompts; speedup is of tokens a second over `ar` in this run, with the prompts' median and quartiles."""
+    """Sums over prompts; speedup is of tokens a second over `ar` in this run, with the prompts'
+    median and quartiles."""
     tokens, seconds = sum(r["tokens"] for r in runs), sum(r["seconds"] for r in runs)
     decoding = seconds - sum(r["steps"].get("prefill", 0) for r in runs)
     rounds = sum(r["rounds"] for r in runs)
@@ -622,14 +668,16 @@ def total(runs: list[dict], plain: list[dict] | None) -> dict:
         slow = total(plain, None)
         ratios = sorted(r["tokens"] / r["seconds"] / (p["tokens"] / p["seconds"]) for r, p in zip(runs, plain))
         out |= {"speedup": round(out["tokens_per_second"] / slow["tokens_per_second"], 3),
-                "decode_speedup": round(out["decode_tokens_per_second"] / max(slow["decode_tokens_per_second"], 1e-9), 3),
+                "decode_speedup": round(
+                    out["decode_tokens_per_second"] / max(slow["decode_tokens_per_second"], 1e-9), 3),
                 "prompt_speedup_quartiles": quartiles(ratios)}
     return out
 
 
-def divergence(exact: Model, config: GraftConfig, prompt: list[int], plain: list[int], other: list[int], tie: float) -> dict:
-    """How two outputs compare: identical; near_tie, where a float32 forward over the common prefix leaves each of the two tokens
-    within `tie` (in logits) of being the pick; or different."""
+def divergence(exact: Model, config: GraftConfig, prompt: list[int], plain: list[int], other: list[int],
+               tie: float) -> dict:
+    """How two outputs compare: identical; near_tie, where a float32 forward over the common prefix leaves each of the
+    two tokens within `tie` (in logits) of being the pick; or different."""
     at = next((i for i, (x, y) in enumerate(zip(plain, other)) if x != y), None)
     if at is None:
         return {"kind": "identical" if plain == other else "different", "at": min(len(plain), len(other))}
@@ -638,34 +686,40 @@ def divergence(exact: Model, config: GraftConfig, prompt: list[int], plain: list
     with torch.inference_mode():
         for tokens in torch.tensor([prefix], device=exact.device).split(config.prefill_chunk, dim=1):
             count = tokens.shape[1]
-            logits = exact(tokens, torch.arange(cache.length, cache.length + count, device=exact.device)[None], cache, last_only=True)[0][0]
+            logits = exact(tokens, torch.arange(cache.length, cache.length + count, device=exact.device)[None],
+                           cache, last_only=True)[0][0]
             cache.commit(list(range(count)))
-    scores = {}             # cut: as the sampler scores them; whole: so that a token which rounding pushed over an edge has a score too
+    # cut: as the sampler scores them; whole: so that a token which rounding pushed over an edge has a score too
+    scores = {}
     for name, rules in (("cut", config), ("whole", replace(config, top_k=0, top_p=1.0, min_p=0.0))):
         sampler = Sampler(rules, exact.config.vocab_size, exact.device)
         sampler.read(prefix)
         scores[name] = sampler.scores(logits, Tree.rooted(prefix[-1]))[0].cpu()
     scale, noise = (config.temperature, sampler.row(0)) if config.temperature else (1.0, 0.0)
-    edge = (scores["whole"] - noise)[scores["cut"] > -torch.inf].min()               # the least likely token that was not cut off
-    close = lambda token: max(scores["cut"].max() - scores["whole"][token], edge - (scores["whole"] - noise)[token]) * scale <= tie
+    edge = (scores["whole"] - noise)[scores["cut"] > -torch.inf].min()  # the least likely token that was not cut off
+    close = lambda token: max(scores["cut"].max() - scores["whole"][token],
+                              edge - (scores["whole"] - noise)[token]) * scale <= tie
     pair = {"plain": plain[at], "other": other[at]}
     return {"kind": "near_tie" if all(map(close, pair.values())) else "different", "at": at, "tokens": pair,
             "float32_logits": {name: round(float(logits[0, token]), 4) for name, token in pair.items()}}
 
 
 def agreement(plain: list[list[int]], other: list[list[int]]) -> dict:
-    """Of a lossy method: the shares of tokens before an output's first difference, and of those that are the same in the same place."""
-    same, count = [[x == y for x, y in zip(*pair)] for pair in zip(plain, other)], sum(max(map(len, pair)) for pair in zip(plain, other))
+    """Of a lossy method: the shares of tokens before an output's first difference, and of those that are the same in
+    the same place."""
+    same, count = ([[x == y for x, y in zip(*pair)] for pair in zip(plain, other)],
+                   sum(max(map(len, pair)) for pair in zip(plain, other)))
     return {"before_first_difference": round(sum([*row, False].index(False) for row in same) / count, 4),
             "by_position": round(sum(map(sum, same)) / count, 4)}
 
 
 def finished(partial: Path, key: str, batch_size: int) -> list[dict]:
-    """The prompts that an interrupted run of the same benchmark has finished, in whole batches; leaves a file that holds no others."""
+    """The prompts that an interrupted run of the same benchmark has finished, in whole batches; leaves a file that
+    holds no others."""
     lines = partial.read_text(encoding="utf-8", errors="replace").split("\n") if partial.exists() else []
     if lines and not re.fullmatch("[0-9a-f]{64}", lines[0]):
         raise ValueError(f"{partial}: is in the way; expected no file, or what an interrupted bench left")
-    entire = lines[1:-1] if lines[:1] == [key] else []                    # behind the last newline: nothing, or half a line
+    entire = lines[1:-1] if lines[:1] == [key] else []  # behind the last newline: nothing, or half a line
     entire = entire[:len(entire) // batch_size * batch_size]
     with whole(partial) as file:
         file.write_text("".join(line + "\n" for line in [key, *entire]), encoding="utf-8")
@@ -714,15 +768,19 @@ def command_verify(args) -> int:
             entry = divergence(exact, plain.config, ids, expected, output, setup.tie)
             found.setdefault(name, []).append({"id": prompt["id"]} | entry)
             if entry["kind"] != "identical":
-                say(f"\r{prompt['id']}, {name}: {entry['kind']} at token {entry['at']}, {entry.get('tokens', '')} {entry.get('float32_logits', '')}")
+                say(f"\r{prompt['id']}, {name}: {entry['kind']} at token {entry['at']}, "
+                    f"{entry.get('tokens', '')} {entry.get('float32_logits', '')}")
         say(f"\r{number + 1}/{len(prompts)} prompts ", end="")
     say()
-    counts = {name: {kind: sum(e["kind"] == kind for e in entries) for kind in ("identical", "near_tie", "different")} for name, entries in found.items()}
+    counts = {name: {kind: sum(e["kind"] == kind for e in entries) for kind in ("identical", "near_tie", "different")}
+              for name, entries in found.items()}
     if args.json:
-        report = {"command": command_line("run.py"), "environment": environment(setup), "near_tie_in_logits": setup.tie, "counts": counts, "found": found}
+        report = {"command": command_line("run.py"), "environment": environment(setup),
+                  "near_tie_in_logits": setup.tie, "counts": counts, "found": found}
         write(args.json, report)
     for name, count in counts.items():
-        print(f"{name + ':':20} {count['identical']} identical, {count['near_tie']} near ties, {count['different']} different{' (lossy)' * plans[name].lossy}")
+        print(f"{name + ':':20} {count['identical']} identical, {count['near_tie']} near ties, "
+              f"{count['different']} different{' (lossy)' * plans[name].lossy}")
     return 1 if any(count["different"] for name, count in counts.items() if not plans[name].lossy) else 0
 
 
@@ -765,14 +823,18 @@ def command_bench(args) -> int:
     outputs: dict[str, list[list[int]]] = {name: [] for name in methods}
     plans = {name: setup.plan(name) for name in methods}
     configs = {name: plan.config for name, plan in plans.items()}
-    whole_texts = setup.model.device.type == "cuda" and not args.no_graphs         # or graphs would be captured while the clock runs
+    # or graphs would be captured while the clock runs
+    whole_texts = setup.model.device.type == "cuda" and not args.no_graphs
     few = (min(encoded, key=len), max(encoded, key=len), *encoded[::6])
-    warm_up = [(ids, 1) for ids in encoded] + [(ids, args.max_new_tokens) for ids in few] if whole_texts else [(encoded[0], 8)]
+    warm_up = ([(ids, 1) for ids in encoded] + [(ids, args.max_new_tokens) for ids in few] if whole_texts else
+               [(encoded[0], 8)])
     for name in methods:                # once each, uncounted: threads start, memory is touched
         for ids, new in warm_up:
             complete(setup, replace(plans[name], config=replace(configs[name], max_new_tokens=new)), [ids], args)
-    partial = Path(f"{args.json}.partial") if args.json else None       # finished prompts, so that an interrupted run goes on
-    known_by = {name: asdict(replace(config, verify_cost=())) for name, config in configs.items()}     # prices are measured anew each time
+    # finished prompts, so that an interrupted run goes on
+    partial = Path(f"{args.json}.partial") if args.json else None
+    # prices are measured anew each time
+    known_by = {name: asdict(replace(config, verify_cost=())) for name, config in configs.items()}
     read = [os.stat(path).st_mtime for path in (args.corpus, args.store) if path and os.path.exists(path)]
     key = json.dumps([environment(setup), vars(args), known_by, prompts, read])
     key = hashlib.sha256(key.encode()).hexdigest()
@@ -788,9 +850,11 @@ def command_bench(args) -> int:
                 completed = complete(setup, plans[name], [encoded[i] for i in batch], args)
                 peak = peak_memory(setup.model.device)
                 for one, i, (output, stats, seconds) in zip(found, batch, completed):
-                    one[name] = output, {"id": prompts[i]["id"], "task": prompts[i]["task"], "prompt_tokens": len(encoded[i]), "tokens": len(output),
-                                         "seconds": seconds, "peak_megabytes": peak, "rounds": stats.rounds, "steps": dict(stats.seconds), "nodes": dict(stats.nodes),
-                                         "accepted": dict(stats.accepted), "stages": dict(stats.stages), "merged": {"nodes": stats.merged}}
+                    one[name] = output, {
+                        "id": prompts[i]["id"], "task": prompts[i]["task"], "prompt_tokens": len(encoded[i]),
+                        "tokens": len(output), "seconds": seconds, "peak_megabytes": peak, "rounds": stats.rounds,
+                        "steps": dict(stats.seconds), "nodes": dict(stats.nodes), "accepted": dict(stats.accepted),
+                        "stages": dict(stats.stages), "merged": {"nodes": stats.merged}}
             if partial:
                 try:
                     with open(partial, "a", encoding="utf-8") as file:
@@ -803,31 +867,37 @@ def command_bench(args) -> int:
                 outputs[name].append(one[name][0])
                 runs[name].append(one[name][1])
         passed, fresh = time.perf_counter() - began, max(1, batch.stop - resumed)
-        say(f"\r{batch.stop}/{len(prompts)} prompts, {passed:.0f} s, about {passed / fresh * (len(prompts) - batch.stop):.0f} s left   ", end="")
+        say(f"\r{batch.stop}/{len(prompts)} prompts, {passed:.0f} s, "
+            f"about {passed / fresh * (len(prompts) - batch.stop):.0f} s left   ", end="")
     say()
     tasks = sorted({p["task"] for p in prompts})
     of = lambda name, task: [r for r in runs[name] if task in (None, r["task"])]
     table = {name: total(of(name, None), of("ar", None)) | {
-        "by_task": {task: total(of(name, task), of("ar", task)) | {"prompt_tokens": sum(r["prompt_tokens"] for r in of(name, task))} for task in tasks},
-        **{key: {k: round(sum(r[key].get(k, 0) for r in runs[name]), 3) for k in sorted({k for r in runs[name] for k in r[key]})}
+        "by_task": {task: total(of(name, task), of("ar", task))
+                    | {"prompt_tokens": sum(r["prompt_tokens"] for r in of(name, task))} for task in tasks},
+        **{key: {k: round(sum(r[key].get(k, 0) for r in runs[name]), 3)
+                 for k in sorted({k for r in runs[name] for k in r[key]})}
            for key in ("steps", "nodes", "merged", "accepted", "stages")}} for name in methods}
     exacting = [name for name in methods if not plans[name].lossy]
     exact = setup.exact() if any(outputs[name] != outputs["ar"] for name in exacting) else setup.model
-    kinds = {name: [divergence(exact, configs["ar"], *triple, setup.tie)["kind"] for triple in zip(encoded, outputs["ar"], outputs[name])]
-             for name in exacting}
-    lossless = {name: {kind: kinds[name].count(kind) for kind in ("identical", "near_tie", "different")} for name in exacting}
+    kinds = {name: [divergence(exact, configs["ar"], *triple, setup.tie)["kind"]
+                    for triple in zip(encoded, outputs["ar"], outputs[name])] for name in exacting}
+    lossless = {name: {kind: kinds[name].count(kind) for kind in ("identical", "near_tie", "different")}
+                for name in exacting}
     agreeing = {name: agreement(outputs["ar"], outputs[name]) for name in methods if plans[name].lossy}
     if args.json:
-        report = {"command": command_line("run.py"), "environment": environment(setup), "warm_start": bool(setup.warm or setup.store), "prompts": len(prompts),
-                  "batch_size": args.batch_size, "config": {name: asdict(config) for name, config in configs.items()}, "methods": table,
-                  "lossless": lossless, "agreement": agreeing}
+        report = {"command": command_line("run.py"), "environment": environment(setup),
+                  "warm_start": bool(setup.warm or setup.store), "prompts": len(prompts),
+                  "batch_size": args.batch_size, "config": {name: asdict(config) for name, config in configs.items()},
+                  "methods": table, "lossless": lossless, "agreement": agreeing}
         write(args.json, report)
         partial.unlink()
     width = max(map(len, methods)) + 2
     print(f"{'':{width}}{'all':>22}" + "".join(f"{task:>22.20}" for task in tasks))
     for name in methods:
         cells = [table[name], *(table[name]["by_task"][task] for task in tasks)]
-        print(f"{name:{width}}" + "".join(f"{c['tokens_per_second']:>9.1f} {c['speedup']:>5.2f}x {c['mean_accepted']:>5.2f}" for c in cells))
+        print(f"{name:{width}}" + "".join(
+            f"{c['tokens_per_second']:>9.1f} {c['speedup']:>5.2f}x {c['mean_accepted']:>5.2f}" for c in cells))
     verdicts = [f"{n}: {c['different']} different" for n, c in lossless.items()]
     verdicts += [f"{n}: lossy, {c['by_position']:.0%} as plain decoding" for n, c in agreeing.items()]
     print("tokens/s, speedup over ar, tokens a round;", ", ".join(verdicts))
@@ -854,39 +924,53 @@ def parse(argv: list[str]) -> argparse.Namespace:
         add("--compare", action="store_true", help="also run plain decoding and report the speedup")
     if command in ("bench", "verify"):
         add("--prompts", required=True, help="JSON lines with id, task and turns (the first turn is used)")
-        add("--methods", help=f"some of {','.join(EVERY)} (default: {'ar,retrieve' if command == 'bench' else 'the best there is'})")
+        add("--methods", help=f"some of {','.join(EVERY)} "
+                              f"(default: {'ar,retrieve' if command == 'bench' else 'the best there is'})")
         add("--limit-per-task", type=at_least(1), help="at most this many prompts a task")
         if command == "bench":
             add("--batch-size", type=at_least(1), default=1, help="prompts that are continued side by side")
         add("--json", metavar="OUT", help="write the result here")
     else:
-        add("--method", choices=[*METHODS, *VARIANTS], metavar="METHOD", help=f"one of {', '.join([*METHODS, *VARIANTS])} (default: graft with a draft head, else retrieve)")
+        add("--method", choices=[*METHODS, *VARIANTS], metavar="METHOD",
+            help=f"one of {', '.join([*METHODS, *VARIANTS])} (default: graft with a draft head, else retrieve)")
         add("--show-tree", action="store_true", help="draw each round's tree")
         add("--quiet", action="store_true", help="no statistics")
     add("--model", help="folder or Hub id (default: the demo model)")
     add("--revision", help="of a Hub model")
-    add("--draft", help="EAGLE-3 head, a smaller model (of any vocabulary for `universal`), or a DFlash drafter for `dflash`: folder or Hub id")
-    add("--draft-window", type=at_least(1), metavar="N", help="let the head see the last N to 2 N tokens only (default: all)")
+    add("--draft", help="EAGLE-3 head, a smaller model (of any vocabulary for `universal`), "
+                        "or a DFlash drafter for `dflash`: folder or Hub id")
+    add("--draft-window", type=at_least(1), metavar="N",
+        help="let the head see the last N to 2 N tokens only (default: all)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", default="auto", choices=("auto", "mixed", "bfloat16", "float16", "float32", "float64"),
-        help="mixed, on a CPU: prompts in bfloat16, all else in float32: exact and faster with a small model, but starts a second later")
-    add("--compile", action=argparse.BooleanOptionalAction, help="decode faster: on a CPU run all layers in C++, which is compiled once in some seconds (float32, or mixed precision; "
-        "default: in float32 where there is a compiler); on a GPU fuse small operations, half a minute of every start (default: no)")
+        help="mixed, on a CPU: prompts in bfloat16, all else in float32: exact and faster with a small model, "
+             "but starts a second later")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="decode faster: on a CPU run all layers in C++, which is compiled once in some seconds "
+             "(float32, or mixed precision; default: in float32 where there is a compiler); "
+             "on a GPU fuse small operations, half a minute of every start (default: no)")
     add("--no-graphs", action="store_true", help="on a GPU, launch every kernel instead of replaying CUDA graphs")
-    add("--max-new-tokens", type=int, default=128 if command in ("bench", "verify") else 512, help="most tokens of an answer (default: %(default)s)")
-    add("--budget", type=at_least(1), help=f"most nodes a tree holds below its root (default: as calibrated, else {CPU_BUDGET} on a CPU, {GPU_BUDGET} on a GPU)")
+    add("--max-new-tokens", type=int, default=128 if command in ("bench", "verify") else 512,
+        help="most tokens of an answer (default: %(default)s)")
+    add("--budget", type=at_least(1),
+        help="most nodes a tree holds below its root "
+             f"(default: as calibrated, else {CPU_BUDGET} on a CPU, {GPU_BUDGET} on a GPU)")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: from all")
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that make up this probability")
-    add("--min-p", type=float, default=0.0, help="sample from tokens with this share of the likeliest one's probability")
+    add("--min-p", type=float, default=0.0,
+        help="sample from tokens with this share of the likeliest one's probability")
     add("--repetition-penalty", type=float, default=1.0, help="above 1: tokens of the text so far become less likely")
     add("--seed", type=int, default=0, help="of sampling: one seed, one text, whatever the method")
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")
     add("--system", help="system message")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text, which is not printed; may be repeated")
+    add("--stop", action="append", default=[], metavar="TEXT",
+        help="end before this text, which is not printed; may be repeated")
     add("--corpus", help="text file whose n-grams may be retrieved")
     add("--store", help="file that keeps adjacency and n-grams between runs (bench and verify only read it)")
-    add("--calibration", metavar="FILE", help="what tools/calibrate.py wrote (default: the demo model's for this device; where there is none, a CPU's prices are measured)")
+    add("--calibration", metavar="FILE",
+        help="what tools/calibrate.py wrote (default: the demo model's for this device; "
+             "where there is none, a CPU's prices are measured)")
     add("--cold", action="store_true", help="start the demo model's adjacency matrix empty, not from assets/")
     args = parser.parse_args(argv if command == "generate" else argv[1:])
     args.command = command
@@ -907,16 +991,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if [getattr(args, name, None) for name in ("file", "corpus")] == ["-", "-"]:
         parser.error("arguments --file and --corpus are both standard input; expected at most one")
     if command in ("bench", "verify") and args.store and not os.path.exists(args.store):
-        parser.error(f"argument --store is {args.store}, which is no file; expected one that a conversation has written")
+        parser.error(f"argument --store is {args.store}, which is no file; "
+                     "expected one that a conversation has written")
     return args
 
 
 def main(argv: list[str]) -> int:
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))   # None: closed by >&-
+    # None: closed by >&-
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     sys.stdin = sys.stdin or open(os.devnull)
     try:
         args = parse(argv)
-        code = {"generate": command_generate, "chat": command_chat, "bench": command_bench, "verify": command_verify}[args.command](args)
+        code = {"generate": command_generate, "chat": command_chat,
+                "bench": command_bench, "verify": command_verify}[args.command](args)
         sys.stdout.flush()
         return code
     except BrokenPipeError:                     # the reader left: not our error
@@ -930,7 +1017,8 @@ def main(argv: list[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
             raise                               # our error
-        say(f"error: out of memory; a shorter prompt, fewer --max-new-tokens or a smaller --model need less ({error!r:.160})")
+        say("error: out of memory; a shorter prompt, fewer --max-new-tokens or a smaller --model need less "
+            f"({error!r:.160})")
         return 1
     finally:
         try:

@@ -1,5 +1,5 @@
-// What run.py runs on a CPU in float32, and with --compile: products with matrices W that bfloat16 holds, and with them all layers of a decoder
-// for tokens of one text. tools/kernels.py calls it through ctypes.
+// What run.py runs on a CPU in float32, and with --compile: products with matrices W that bfloat16 holds, and with them
+// all layers of a decoder for tokens of one text. tools/kernels.py calls it through ctypes.
 
 #include <algorithm>
 #include <cmath>
@@ -39,7 +39,8 @@ static inline void with_constant(int64_t rows, Run run) {
         with_constant<R - 1>(rows, run);
 }
 
-// Up to LANES rows of d numbers, what lacks being 0 -> [d][LANES], rows BLOCK apart: squares of registers are riffled until they are transposed.
+// Up to LANES rows of d numbers, what lacks being 0 -> [d][LANES], rows BLOCK apart: squares of registers are riffled
+// until they are transposed.
 static void transpose(const float *from, int64_t rows, int64_t d, float *to) {
     int64_t i = 0;
     for (; rows >= LANES && i + LANES <= d; i += LANES) {
@@ -55,9 +56,11 @@ static void transpose(const float *from, int64_t rows, int64_t d, float *to) {
         };
 #ifdef __AVX512F__
         for (int64_t turn = 0; turn < 4; turn++)
-            riffle(Ints{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, Ints{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+            riffle(Ints{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23},
+                   Ints{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
 #else
-        riffle(Ints{0, 1, 2, 3, 8, 9, 10, 11}, Ints{4, 5, 6, 7, 12, 13, 14, 15});          // whole halves, and then within them: an instruction each
+        // whole halves, and then within them: an instruction each
+        riffle(Ints{0, 1, 2, 3, 8, 9, 10, 11}, Ints{4, 5, 6, 7, 12, 13, 14, 15});
         for (int64_t turn = 0; turn < 2; turn++)
             riffle(Ints{0, 8, 1, 9, 4, 12, 5, 13}, Ints{2, 10, 3, 11, 6, 14, 7, 15});
 #endif
@@ -69,10 +72,10 @@ static void transpose(const float *from, int64_t rows, int64_t d, float *to) {
             to[i * BLOCK + r] = r < rows ? from[r * d + i] : 0;
 }
 
-// ------------------------------------------------------------------------------------------------------------ y = x W^T
+// ----------------------------------------------------------------------------------------------------------- y = x W^T
 
-// R rows of x, `apart` from each other, times the W registers of weights that `weights` gives for each input -> y [R][W LANES], rows `stride` apart; ADD: to
-// what is there.
+// R rows of x, `apart` from each other, times the W registers of weights that `weights` gives for each input ->
+// y [R][W LANES], rows `stride` apart; ADD: to what is there.
 template <bool ADD, int W, int R, class Weights>
 static inline void block(const float *x, int64_t apart, int64_t inputs, float *y, int64_t stride, Weights weights) {
     Floats sums[R][W] = {};
@@ -98,17 +101,21 @@ struct Soon {
     int64_t count = 0, share = 0, shares = 1;
 };
 
-// The same for any number of rows, in equal parts whose sums stay in registers. Before each a part of what is wanted soon is asked for: memory
-// would rest while the same weights meet the other rows.
+// The same for any number of rows, in equal parts whose sums stay in registers. Before each a part of what is wanted
+// soon is asked for: memory would rest while the same weights meet the other rows.
 template <bool ADD, int W = 2, class Weights>
-static inline void blocks(const float *x, int64_t apart, int64_t inputs, float *y, int64_t stride, int64_t rows, Weights weights, Soon soon = {}) {
+static inline void blocks(const float *x, int64_t apart, int64_t inputs, float *y, int64_t stride, int64_t rows,
+                          Weights weights, Soon soon = {}) {
     constexpr int64_t most = 2 * ROWS / W;
     const int64_t parts = (rows + most - 1) / most, shares = parts * soon.shares;
     for (int64_t part = 0; part < parts; part++) {
         const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts, share = parts * soon.share + part;
-        for (int64_t i = soon.count * share / shares; i < soon.count * (share + 1) / shares; i += 16)      // a line of the cache
+        // 16: a line of the cache
+        for (int64_t i = soon.count * share / shares; i < soon.count * (share + 1) / shares; i += 16)
             __builtin_prefetch(soon.from + i);
-        with_constant<most>(end - begin, [&](auto r) { block<ADD, W, r>(x + begin * apart, apart, inputs, y + begin * stride, stride, weights); });
+        with_constant<most>(end - begin, [&](auto r) {
+            block<ADD, W, r>(x + begin * apart, apart, inputs, y + begin * stride, stride, weights);
+        });
     }
 }
 
@@ -131,7 +138,8 @@ extern "C" int64_t pack(const float *matrix, uint32_t *w, int64_t outputs, int64
         for (int64_t half = 0; half < BLOCK; half += LANES)
             transpose(matrix + half * inputs, LANES, inputs, turned.data() + half);
         for (int64_t k = 0; k < inputs; k++, w += LANES) {
-            const Words low = (Words)load(&turned[k * BLOCK]), high = (Words)load(&turned[k * BLOCK + LANES]), pairs = low >> 16 | (high & 0xffff0000);
+            const Words low = (Words)load(&turned[k * BLOCK]), high = (Words)load(&turned[k * BLOCK + LANES]),
+                        pairs = low >> 16 | (high & 0xffff0000);
             lost |= (low | high) << 16;
             std::memcpy(w, &pairs, sizeof pairs);
         }
@@ -142,33 +150,40 @@ extern "C" int64_t pack(const float *matrix, uint32_t *w, int64_t outputs, int64
     return any == 0;
 }
 
-// x [rows][inputs], y [rows][outputs]; outputs is a multiple of BLOCK. A few rows of a small model wait for W to arrive from memory, and a CPU's own
-// prefetching stops at each page: here W is asked for AHEAD words early. It comes as words [outputs / BLOCK][inputs][LANES], the weights of an output in
-// their low halves and of the LANES-th after it in their high ones, so that it is read from front to back, once for up to ROWS rows. Where rows take two
-// TURNS over a block, memory would rest in the second: in each, half of the next block is asked for, a little with each weight (a block is large: all
-// at once, as `blocks` asks for what is wanted soon, was slower).
+// x [rows][inputs], y [rows][outputs]; outputs is a multiple of BLOCK. A few rows of a small model wait for W to arrive
+// from memory, and a CPU's own prefetching stops at each page: here W is asked for AHEAD words early. It comes as
+// words [outputs / BLOCK][inputs][LANES], the weights of an output in their low halves and of the LANES-th after it in
+// their high ones, so that it is read from front to back, once for up to ROWS rows. Where rows take two TURNS over a
+// block, memory would rest in the second: in each, half of the next block is asked for, a little with each weight (a
+// block is large: all at once, as `blocks` asks for what is wanted soon, was slower).
 template <int TURNS>
-static void multiply(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs, int64_t threads) {
+static void multiply(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs,
+                     int64_t threads) {
     #pragma omp parallel for schedule(guided) num_threads(threads)
     for (int64_t o = 0; o < outputs; o += BLOCK)
         for (int64_t turn = 0; turn < TURNS; turn++) {
             const uint32_t *own = w + o / 2 * inputs;
-            const int64_t begin = rows * turn / TURNS, end = rows * (turn + 1) / TURNS, ahead = TURNS == 1 ? AHEAD : (TURNS + turn) * inputs * LANES / TURNS;
-            blocks<false>(x + begin * inputs, inputs, inputs, y + begin * outputs + o, outputs, end - begin, [own, ahead](int64_t k, Floats *some) {
-                Words pairs;
-                __builtin_prefetch(own + k * LANES + ahead - k * (LANES - LANES / TURNS));     // in this form it costs GCC no instruction more
-                std::memcpy(&pairs, own + k * LANES, sizeof pairs);
-                some[0] = (Floats)(pairs << 16);
-                some[1] = (Floats)(pairs & 0xffff0000);
-            });
+            const int64_t begin = rows * turn / TURNS, end = rows * (turn + 1) / TURNS,
+                          ahead = TURNS == 1 ? AHEAD : (TURNS + turn) * inputs * LANES / TURNS;
+            blocks<false>(x + begin * inputs, inputs, inputs, y + begin * outputs + o, outputs, end - begin,
+                          [own, ahead](int64_t k, Floats *some) {
+                              Words pairs;
+                              // in this form it costs GCC no instruction more
+                              __builtin_prefetch(own + k * LANES + ahead - k * (LANES - LANES / TURNS));
+                              std::memcpy(&pairs, own + k * LANES, sizeof pairs);
+                              some[0] = (Floats)(pairs << 16);
+                              some[1] = (Floats)(pairs & 0xffff0000);
+                          });
         }
 }
 
-extern "C" void product(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs, int64_t threads) {
-    (rows > ROWS && rows <= 2 * ROWS ? multiply<2> : multiply<1>)(w, x, y, rows, inputs, outputs, threads);      // with more rows arithmetic is the limit
+extern "C" void product(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs,
+                        int64_t threads) {
+    // with more rows arithmetic is the limit
+    (rows > ROWS && rows <= 2 * ROWS ? multiply<2> : multiply<1>)(w, x, y, rows, inputs, outputs, threads);
 }
 
-// ----------------------------------------------------------------------------------------------------- small operations
+// ---------------------------------------------------------------------------------------------------- small operations
 
 static inline float sum(Floats lanes) {
     float all = 0;
@@ -184,14 +199,17 @@ static inline float largest(Floats lanes) {
     return most;
 }
 
-// e^x, for x up to 88, to two units in the last place: 2^n times a polynomial in what is left of x (Cephes' expf, its terms in pairs, so that few wait for each
-// other); 0 below -87.7, where n is -127. Adding 1.5 * 2^23 rounds to a whole number, which stands in the last bits then; with 127 more it is 2^n's exponent.
+// e^x, for x up to 88, to two units in the last place: 2^n times a polynomial in what is left of x (Cephes' expf, its
+// terms in pairs, so that few wait for each other); 0 below -87.7, where n is -127. Adding 1.5 * 2^23 rounds to a whole
+// number, which stands in the last bits then; with 127 more it is 2^n's exponent.
 static inline Floats exponential(Floats x) {
     const float round = 12582912.0f + 127;
     const Floats low = Floats{} - 88.0f, inside = x < low ? low : x;
-    const Floats whole = inside * 1.44269504f + round, n = whole - round, r = inside - n * 0.693359375f + n * 2.12194440e-4f, square = r * r;
+    const Floats whole = inside * 1.44269504f + round, n = whole - round,
+                 r = inside - n * 0.693359375f + n * 2.12194440e-4f, square = r * r;
     const Floats p = (r * 1.9875691500e-4f + 1.3981999507e-3f) * square + (r * 8.3334519073e-3f + 4.1665795894e-2f);
-    return ((p * square + (r * 1.6666665459e-1f + 5.0000001201e-1f)) * square + (r + 1.0f)) * (Floats)((Words)whole << 23);
+    return ((p * square + (r * 1.6666665459e-1f + 5.0000001201e-1f)) * square + (r + 1.0f))
+           * (Floats)((Words)whole << 23);
 }
 
 // to = from / sqrt(mean(from^2) + eps) * weight.
@@ -206,7 +224,8 @@ static void norm(const float *from, const float *weight, float eps, float *to, i
 }
 
 // x [n][size] grows by what is added; `to` is its norm.
-static void add_norm(float *x, const float *added, const float *weight, float eps, float *to, int64_t n, int64_t size, int64_t threads) {
+static void add_norm(float *x, const float *added, const float *weight, float eps, float *to, int64_t n, int64_t size,
+                     int64_t threads) {
     #pragma omp parallel for num_threads(threads) if (n * size >= MUCH)
     for (int64_t row = 0; row < n; row++) {
         #pragma omp simd
@@ -221,15 +240,18 @@ static void gate(const float *rows, float *to, int64_t n, int64_t size, int64_t 
     #pragma omp parallel for collapse(2) num_threads(threads) if (n * size >= MUCH)
     for (int64_t row = 0; row < n; row++)
         for (int64_t i = 0; i < size; i += LANES) {
-            const Floats x = load(rows + 2 * row * size + i), up = load(rows + (2 * row + 1) * size + i), most = Floats{} + 88.0f;
+            const Floats x = load(rows + 2 * row * size + i), up = load(rows + (2 * row + 1) * size + i),
+                         most = Floats{} + 88.0f;
             store(to + row * size + i, x / (1.0f + exponential(-x > most ? most : -x)) * up);
         }
 }
 
-// The `count` largest of each row of x [n][size], best first, of equals the first -> values and places [n][count]. logs: the values less the logarithm
-// of the sum of all e^x. Where something in a row is no number, none of its values is.
-extern "C" void top(const float *x, int64_t n, int64_t size, int64_t count, int64_t logs, int64_t threads, float *values, int64_t *places) {
-    constexpr int64_t SPAN = 8 * LANES;                                       // looked at one by one only where their largest counts
+// The `count` largest of each row of x [n][size], best first, of equals the first -> values and
+// places [n][count]. logs: the values less the logarithm of the sum of all e^x. Where something in a row is no
+// number, none of its values is.
+extern "C" void top(const float *x, int64_t n, int64_t size, int64_t count, int64_t logs, int64_t threads,
+                    float *values, int64_t *places) {
+    constexpr int64_t SPAN = 8 * LANES;  // looked at one by one only where their largest counts
     #pragma omp parallel for num_threads(threads) if (n * size >= MUCH)
     for (int64_t row = 0; row < n; row++) {
         const float *own = x + row * size;
@@ -273,22 +295,29 @@ extern "C" void top(const float *x, int64_t n, int64_t size, int64_t count, int6
     }
 }
 
-// ------------------------------------------------------------------------------------------------------------ attention
+// ----------------------------------------------------------------------------------------------------------- attention
 //
-// For some rows of queries and some columns at a time, whose scores stay near, with the softmax of Milakov and Gimelshein (arXiv 1805.02867): what was
-// summed so far is scaled down where a larger score is met.
+// For some rows of queries and some columns at a time, whose scores stay near, with the softmax of Milakov and
+// Gimelshein (arXiv 1805.02867): what was summed so far is scaled down where a larger score is met.
 
 struct Call {
-    int64_t n, m, w, causal, first;                // tokens; columns, their own n among them; the last w of them have a mask; whether a token sees none behind it; whose results are wanted
-    int64_t h, k, d, capacity, threads;            // heads; head size; rows of the cache
-    int64_t layers, inputs, hidden, middle, taps;  // and the sizes of what the first layer reads, of a hidden state and of an MLP's middle; layers to tell of
-    float eps, factor;                             // of norms; on cos and sin
+    // tokens; columns, their own n among them; the last w of them have a mask; whether a token sees none behind it;
+    // whose results are wanted
+    int64_t n, m, w, causal, first;
+    // heads; head size; rows of the cache
+    int64_t h, k, d, capacity, threads;
+    // and the sizes of what the first layer reads, of a hidden state and of an MLP's middle; layers to tell of
+    int64_t layers, inputs, hidden, middle, taps;
+    // of norms; on cos and sin
+    float eps, factor;
 };
 
 constexpr int64_t MANY = 96, PANEL = 512, TILE = 64;   // rows, columns, and columns whose values stay nearest
-constexpr int64_t STRIDE = PANEL + 16;                 // of scores: rows a power of two apart would drive each other out of the cache
+// of scores: rows a power of two apart would drive each other out of the cache
+constexpr int64_t STRIDE = PANEL + 16;
 
-// Each of these scores, their number being a multiple of LANES, becomes e^(score - highest); returns their sum. `highest` rises to the largest of them.
+// Each of these scores, their number being a multiple of LANES, becomes e^(score - highest); returns their sum.
+// `highest` rises to the largest of them.
 static float soften(float *scores, int64_t count, float &highest) {
     Floats most = Floats{} + highest, sums{};
     for (int64_t c = 0; c < count; c += LANES) {
@@ -304,11 +333,13 @@ static float soften(float *scores, int64_t count, float &highest) {
     return sum(sums);
 }
 
-// Up to MANY rows of queries [rows][d], of these tokens, over the columns from `start` to `stop` of one head's keys and values [m][d] -> to, rows of d, and,
-// where they are wanted, `weights` [rows][2]: the highest score and the sum of all e^(score - highest). `scores` has room for them,
-// [rows][STRIDE], and behind them for BLOCK keys turned round, [d][BLOCK], and sums of values, [rows][d].
-static void attend(const Call &a, int64_t rows, const int64_t *tokens, const float *queries, const bool *mask, const float *keys, const float *values,
-                   int64_t start, int64_t stop, float *const *to, float *weights, float *scores) {
+// Up to MANY rows of queries [rows][d], of these tokens, over the columns from `start` to `stop` of one head's keys and
+// values [m][d] -> to, rows of d, and, where they are wanted, `weights` [rows][2]: the highest score and the sum of all
+// e^(score - highest). `scores` has room for them, [rows][STRIDE], and behind them for BLOCK keys turned round,
+// [d][BLOCK], and sums of values, [rows][d].
+static void attend(const Call &a, int64_t rows, const int64_t *tokens, const float *queries, const bool *mask,
+                   const float *keys, const float *values, int64_t start, int64_t stop, float *const *to,
+                   float *weights, float *scores) {
     float highest[MANY], by[MANY], *turned = scores + rows * STRIDE, *sums = turned + a.d * BLOCK;
     int64_t seen[MANY], most = 0;                                             // columns: of a row, of all
     for (int64_t r = 0; r < rows; r++) {
@@ -319,11 +350,13 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
     std::fill_n(sums, rows * a.d, 0.0f);
     most = std::min(most, stop);
     for (int64_t begin = start; begin < most; begin += PANEL) {
-        const int64_t width = std::min(PANEL, most - begin), whole = (width + BLOCK - 1) / BLOCK * BLOCK, masked = a.m - a.w - begin;
+        const int64_t width = std::min(PANEL, most - begin), whole = (width + BLOCK - 1) / BLOCK * BLOCK,
+                      masked = a.m - a.w - begin;
         for (int64_t c = 0; c < width; c += BLOCK) {
             transpose(keys + (begin + c) * a.d, width - c, a.d, turned);
             transpose(keys + (begin + c + LANES) * a.d, width - c - LANES, a.d, turned + LANES);
-            blocks<false>(queries, a.d, a.d, scores + c, STRIDE, rows, registers<2>(turned, BLOCK), {keys + (begin + c + BLOCK) * a.d, BLOCK * a.d});
+            blocks<false>(queries, a.d, a.d, scores + c, STRIDE, rows, registers<2>(turned, BLOCK),
+                          {keys + (begin + c + BLOCK) * a.d, BLOCK * a.d});
         }
         for (int64_t r = 0; r < rows; r++) {
             float *own = scores + r * STRIDE;
@@ -331,7 +364,8 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
             for (int64_t c = std::max<int64_t>(masked, 0); a.w && c < width; c++)
                 if (!mask[tokens[r] * a.w + c - masked])
                     own[c] = -INFINITY;
-            const float before = highest[r], added = soften(own, whole, highest[r]), scale = std::exp(before - highest[r]);
+            const float before = highest[r], added = soften(own, whole, highest[r]),
+                        scale = std::exp(before - highest[r]);
             by[r] = by[r] * scale + added;
             for (int64_t i = 0; begin > start && i < a.d; i++)
                 sums[r * a.d + i] *= scale;
@@ -345,7 +379,7 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
                     blocks<true, w>(scores + c, STRIDE, count, sums + i, a.d, rows, registers<w>(own + i, a.d),
                                     {own + TILE * a.d, TILE * a.d, i / (w * LANES), a.d / (w * LANES)});
             };
-            if (rows <= 2 * ROWS / 4)                                         // few: with more sums at a time none waits for the one before
+            if (rows <= 2 * ROWS / 4)  // few: with more sums at a time none waits for the one before
                 mix(std::integral_constant<int, 4>());
             mix(std::integral_constant<int, 2>());
             for (int64_t r = 0; r < rows; r++)
@@ -375,17 +409,19 @@ static void angles(const Call &a, const int64_t *positions, const float *inverse
         }
 }
 
-// rows [n][(h + 2k) d] of queries, keys and values: norms of query and key heads, where there are weights, and rotation by cos and sin [n][d / 2]. Keys and
-// values go into the cache, kept [2k][capacity][d], behind m - n others; queries of the tokens from `first` on, with attention's scale -> [k][n - first][h / k][d].
-static void turn(const Call &a, const float *rows, const float *cos, const float *sin, const float *query_norm, const float *key_norm, int64_t first,
-                 float *queries, float *kept) {
+// rows [n][(h + 2k) d] of queries, keys and values: norms of query and key heads, where there are weights, and rotation
+// by cos and sin [n][d / 2]. Keys and values go into the cache, kept [2k][capacity][d], behind m - n others; queries of
+// the tokens from `first` on, with attention's scale -> [k][n - first][h / k][d].
+static void turn(const Call &a, const float *rows, const float *cos, const float *sin, const float *query_norm,
+                 const float *key_norm, int64_t first, float *queries, float *kept) {
     const int64_t heads = a.h + 2 * a.k, group = a.h / a.k, half = a.d / 2;
     const float scale = 1 / std::sqrt((float)a.d);
     #pragma omp parallel for collapse(2) num_threads(a.threads) if (a.n * heads * a.d >= MUCH)
     for (int64_t head = 0; head < heads; head++)
         for (int64_t t = 0; t < a.n; t++) {
             const bool asks = head < a.h;
-            const float *x = rows + (t * heads + head) * a.d, *weight = asks ? query_norm : key_norm, *c = cos + t * half, *s = sin + t * half;
+            const float *x = rows + (t * heads + head) * a.d, *weight = asks ? query_norm : key_norm,
+                        *c = cos + t * half, *s = sin + t * half;
             float *y = asks ? queries + ((head / group * (a.n - first) + t - first) * group + head % group) * a.d
                             : kept + ((head - a.h) * a.capacity + a.m - a.n + t) * a.d;
             if (head >= a.h + a.k)
@@ -406,18 +442,22 @@ static void turn(const Call &a, const float *rows, const float *cos, const float
         }
 }
 
-// Attention of queries [k][n - first][h / k][d], under mask [n][w] -> to [n - first][h d]. Threads share the rows, or, of few rows and many columns, the
-// columns in spans, so that none is read twice; what a row finds in its spans is weighed then.
+// Attention of queries [k][n - first][h / k][d], under mask [n][w] -> to [n - first][h d]. Threads share the rows,
+// or, of few rows and many columns, the columns in spans, so that none is read twice; what a row finds in its spans
+// is weighed then.
 static void read(const Call &a, const float *queries, const float *kept, const bool *mask, int64_t first, float *to) {
     const int64_t group = a.h / a.k, own = group * (a.n - first), all = a.k * own, panels = a.m / PANEL;
-    const int64_t even = a.threads / std::gcd(a.k, a.threads);                 // spans of each head that give all threads as much
-    const bool whole = own <= MANY && (even == 1 || panels > 1);              // a head's rows stay together
+    const int64_t even = a.threads / std::gcd(a.k, a.threads);    // spans of each head that give all threads as much
+    const bool whole = own <= MANY && (even == 1 || panels > 1);  // a head's rows stay together
     const int64_t spans = whole ? std::min(even, std::max<int64_t>(panels, 1)) : 1;
-    const int64_t share = whole ? own : std::min(MANY, (all + a.threads - 1) / a.threads), parts = (all + share - 1) / share;
+    const int64_t share = whole ? own : std::min(MANY, (all + a.threads - 1) / a.threads),
+                  parts = (all + share - 1) / share;
     thread_local std::vector<float> room;
     room.resize(spans > 1 ? spans * all * (a.d + 2) : 0);
     float *const found = room.data(), *const weights = spans > 1 ? found + spans * all * a.d : nullptr;
-    const auto place = [&](int64_t row) { return to + ((row % own / group) * a.h + row / own * group + row % group) * a.d; };
+    const auto place = [&](int64_t row) {
+        return to + ((row % own / group) * a.h + row / own * group + row % group) * a.d;
+    };
     #pragma omp parallel for schedule(dynamic) num_threads(a.threads)
     for (int64_t item = parts * spans - 1; item >= 0; item--) {               // of a prompt those first that see most
         const int64_t part = item / spans, span = item % spans, start = panels * span / spans * PANEL;
@@ -425,7 +465,8 @@ static void read(const Call &a, const float *queries, const float *kept, const b
         thread_local std::vector<Floats> scores;
         scores.resize((MANY * (STRIDE + a.d) + BLOCK * a.d + LANES - 1) / LANES);
         for (int64_t row = share * part, end = std::min(row + share, all); row < end;) {
-            const int64_t head = row / own, count = std::min({MANY, end - row, (head + 1) * own - row}), at = span * all + row;
+            const int64_t head = row / own, count = std::min({MANY, end - row, (head + 1) * own - row}),
+                          at = span * all + row;
             float *out[MANY];
             int64_t tokens[MANY];
             for (int64_t r = 0; r < count; r++) {
@@ -433,7 +474,8 @@ static void read(const Call &a, const float *queries, const float *kept, const b
                 out[r] = weights ? found + (at + r) * a.d : place(row + r);
             }
             const float *keys = kept + head * a.capacity * a.d, *values = keys + a.k * a.capacity * a.d;
-            attend(a, count, tokens, queries + row * a.d, mask, keys, values, start, stop, out, weights ? weights + 2 * at : nullptr, (float *)scores.data());
+            attend(a, count, tokens, queries + row * a.d, mask, keys, values, start, stop, out,
+                   weights ? weights + 2 * at : nullptr, (float *)scores.data());
             row += count;
         }
     }
@@ -449,7 +491,7 @@ static void read(const Call &a, const float *queries, const float *kept, const b
             const int64_t at = span * all + row;
             const float weight = weights[2 * at + 1] * std::exp(weights[2 * at] - highest);
             by += weight;
-            for (int64_t i = 0; weight != 0 && i < a.d; i++)                   // a span whose columns are all masked has found no number
+            for (int64_t i = 0; weight != 0 && i < a.d; i++)  // a span whose columns are all masked has found no number
                 out[i] += found[at * a.d + i] * weight;
         }
         for (int64_t i = 0; i < a.d; i++)
@@ -464,17 +506,21 @@ struct Layer {
     const float *input_norm, *attention_norm, *query_norm, *key_norm, *hidden_norm;
 };
 
-// x [n][hidden] at these positions [n] through all layers -> to [n][hidden], and its last norm -> normed [n - first][hidden]; the last layer gives what the
-// tokens from `first` on need. given [n][hidden]: the first layer, an EAGLE-3 head's, reads its norm beside x's, instead of x's alone. inverse [d / 2]:
-// frequencies. cache [layers][2k][capacity][d]. taps: the layers whose outputs are wanted, -1 being x -> features [n][taps][hidden]. An MLP's result is
-// added where the next norm is taken.
-extern "C" void layers(const Call *call, const Layer *layer, const float *x, const float *given, const int64_t *positions, const float *inverse,
-                       const float *last_norm, float *cache, const bool *mask, const int64_t *taps, float *features, float *to, float *normed) {
+// x [n][hidden] at these positions [n] through all layers -> to [n][hidden], and its last norm ->
+// normed [n - first][hidden]; the last layer gives what the tokens from `first` on need. given [n][hidden]: the first
+// layer, an EAGLE-3 head's, reads its norm beside x's, instead of x's alone. inverse [d / 2]: frequencies.
+// cache [layers][2k][capacity][d]. taps: the layers whose outputs are wanted, -1 being x -> features [n][taps][hidden].
+// An MLP's result is added where the next norm is taken.
+extern "C" void layers(const Call *call, const Layer *layer, const float *x, const float *given,
+                       const int64_t *positions, const float *inverse, const float *last_norm, float *cache,
+                       const bool *mask, const int64_t *taps, float *features, float *to, float *normed) {
     const Call &a = *call;
-    const int64_t wide = std::max((a.h + 2 * a.k) * a.d, 2 * a.middle), narrow = std::max(a.h * a.d, a.middle), half = a.d / 2, size = a.n * a.hidden;
-    thread_local std::vector<float> room;                                     // asking the system for it each time would cost fresh pages
+    const int64_t wide = std::max((a.h + 2 * a.k) * a.d, 2 * a.middle), narrow = std::max(a.h * a.d, a.middle),
+                  half = a.d / 2, size = a.n * a.hidden;
+    thread_local std::vector<float> room;  // asking the system for it each time would cost fresh pages
     room.resize(std::max<size_t>(room.size(), a.n * (wide + narrow + a.inputs + a.hidden + a.h * a.d + a.d)));
-    float *rows = room.data(), *middle = rows + a.n * wide, *own = middle + a.n * narrow, *added = own + a.n * a.inputs, *queries = added + size,
+    float *rows = room.data(), *middle = rows + a.n * wide, *own = middle + a.n * narrow,
+          *added = own + a.n * a.inputs, *queries = added + size,
           *cos = queries + a.n * a.h * a.d, *sin = cos + a.n * half;
     angles(a, positions, inverse, cos, sin);
     const auto tell = [&](int64_t of) {
@@ -510,7 +556,8 @@ extern "C" void layers(const Call *call, const Layer *layer, const float *x, con
 }
 
 // The keys and values alone that x [n][inputs] makes in each layer.
-extern "C" void context(const Call *call, const Layer *layer, const float *x, const int64_t *positions, const float *inverse, float *cache) {
+extern "C" void context(const Call *call, const Layer *layer, const float *x, const int64_t *positions,
+                        const float *inverse, float *cache) {
     const Call &a = *call;
     const int64_t wide = (a.h + 2 * a.k) * a.d;
     std::vector<float> room(a.n * (wide + a.d));
@@ -518,6 +565,7 @@ extern "C" void context(const Call *call, const Layer *layer, const float *x, co
     angles(a, positions, inverse, cos, sin);
     for (int64_t l = 0; l < a.layers; l++, layer++, cache += 2 * a.k * a.capacity * a.d) {
         product(layer->qkv, x, rows, a.n, a.inputs, wide, a.threads);
-        turn(a, rows, cos, sin, layer->query_norm, layer->key_norm, a.n, rows, cache);                // no token's queries are wanted
+        // no token's queries are wanted
+        turn(a, rows, cos, sin, layer->query_norm, layer->key_norm, a.n, rows, cache);
     }
 }

@@ -1,9 +1,11 @@
-"""On a CPU, in float32 and mixed precision: matrix products, and all layers of a forward, in C++. `run.py` uses it in float32 where it can, and with --compile.
+"""On a CPU, in float32 and mixed precision: matrix products, and all layers of a forward, in C++. `run.py` uses it in
+float32 where it can, and with --compile.
 
-The products of a few rows with weights that come from memory take half as long as FBGEMM's. Between them a small model's step is thirty small
-operations a layer, and torch takes as long to dispatch one as to compute it; here one call runs all layers. `kernels.cpp` is compiled in some seconds, once for
-a machine, and kept in Graft's cache folder; a C++ compiler is needed. (torch.compile slows a CPU down: before each call it looks whether what it
-made still holds, which takes longer than the call.)
+The products of a few rows with weights that come from memory take half as long as FBGEMM's. Between them a small
+model's step is thirty small operations a layer, and torch takes as long to dispatch one as to compute it; here one call
+runs all layers. `kernels.cpp` is compiled in some seconds, once for a machine, and kept in Graft's cache folder; a C++
+compiler is needed. (torch.compile slows a CPU down: before each call it looks whether what it made still holds, which
+takes longer than the call.)
 """
 
 import ctypes
@@ -24,18 +26,22 @@ from demo_model import cache_folder, filled
 from model import KVCache, Linear, _Decoder
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = "-O3 -march=native -falign-loops=64 -std=c++17 -fopenmp -shared -fPIC".split()   # aligned: where a loop begins decides on a twelfth of its speed
+# aligned: where a loop begins decides on a twelfth of its speed
+FLAGS = "-O3 -march=native -falign-loops=64 -std=c++17 -fopenmp -shared -fPIC".split()
 NUMBER, POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
 class Call(ctypes.Structure):
-    _fields_ = [*((name, NUMBER) for name in "n m w causal first h k d capacity threads layers inputs hidden middle taps".split()), *((name, ctypes.c_float) for name in ("eps", "factor"))]
+    _fields_ = [*((name, NUMBER) for name in
+                  "n m w causal first h k d capacity threads layers inputs hidden middle taps".split()),
+                *((name, ctypes.c_float) for name in ("eps", "factor"))]
 
 
 class Weights(ctypes.Structure):
     """Of a layer."""
 
-    _fields_ = [(name, POINTER) for name in "qkv o gate_up down input_norm attention_norm query_norm key_norm hidden_norm".split()]
+    _fields_ = [(name, POINTER) for name in
+                "qkv o gate_up down input_norm attention_norm query_norm key_norm hidden_norm".split()]
 
 
 def compiler() -> list[str]:
@@ -48,7 +54,8 @@ def compiler() -> list[str]:
 
 
 def library() -> ctypes.CDLL:
-    """kernels.cpp, compiled where no earlier run did. Raises ValueError where there is no compiler, or where what was kept is damaged."""
+    """kernels.cpp, compiled where no earlier run did. Raises ValueError where there is no compiler, or where what was
+    kept is damaged."""
     return _library(tuple(compiler()), cache_folder())
 
 
@@ -58,16 +65,19 @@ def _library(command: tuple[str, ...], kept: Path) -> ctypes.CDLL:
     processor = [platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability()]
     if cpuinfo.exists():                                       # what it can: code for another one may not run
         processor += [line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))][:1]
-    folder = kept / f"kernels-{hashlib.sha256(repr((command, FLAGS, processor, SOURCE.read_text(encoding='utf-8'))).encode()).hexdigest()[:16]}"
+    key = repr((command, FLAGS, processor, SOURCE.read_text(encoding="utf-8"))).encode()
+    folder = kept / f"kernels-{hashlib.sha256(key).hexdigest()[:16]}"
     if not folder.is_dir():
         print(f"Compiling {SOURCE.name} for this machine, once: some seconds ...", file=sys.stderr, flush=True)
         with filled(folder, "kernels.so") as whole:
             whole.mkdir()
             try:
-                subprocess.run([*command, *FLAGS, str(SOURCE), "-o", str(whole / "kernels.so")], check=True, capture_output=True, text=True)
+                subprocess.run([*command, *FLAGS, str(SOURCE), "-o", str(whole / "kernels.so")],
+                               check=True, capture_output=True, text=True)
             except (OSError, subprocess.CalledProcessError) as error:
                 said = getattr(error, "stderr", "") or str(error)
-                raise ValueError(f"--compile needs a C++ compiler, and {' '.join(command)!r} failed here: {' '.join(said.split())[:200]}") from None
+                raise ValueError(f"--compile needs a C++ compiler, and {' '.join(command)!r} failed here: "
+                                 f"{' '.join(said.split())[:200]}") from None
     try:
         code = ctypes.CDLL(str(folder / "kernels.so"))
         code.product.argtypes = [POINTER] * 3 + [NUMBER] * 4
@@ -76,7 +86,8 @@ def _library(command: tuple[str, ...], kept: Path) -> ctypes.CDLL:
         code.context.argtypes = [POINTER] * 6
         code.top.argtypes = [POINTER] + [NUMBER] * 5 + [POINTER] * 2
     except (OSError, AttributeError) as error:
-        raise ValueError(f"{folder}: not what --compile put there; delete that folder ({str(error).splitlines()[0]:.100})") from None
+        raise ValueError(f"{folder}: not what --compile put there; delete that folder "
+                         f"({str(error).splitlines()[0]:.100})") from None
     code.product.restype = code.layers.restype = code.context.restype = code.top.restype = None
     return code
 
@@ -84,7 +95,8 @@ def _library(command: tuple[str, ...], kept: Path) -> ctypes.CDLL:
 def instructions() -> str:
     """What the library was compiled for."""
     capability = torch.backends.cpu.get_cpu_capability()
-    return "avx512" if NUMBER.in_dll(library(), "block_size").value == 32 else "avx2" if capability.startswith("AVX") else capability.lower().replace(" ", "-")
+    return ("avx512" if NUMBER.in_dll(library(), "block_size").value == 32 else
+            "avx2" if capability.startswith("AVX") else capability.lower().replace(" ", "-"))
 
 
 class Blocks:
@@ -98,9 +110,11 @@ class Blocks:
         x = x.contiguous()
         *rows, inputs = x.shape
         if inputs != self.inputs or x.dtype != torch.float32:
-            raise ValueError(f"a compiled product takes rows of {self.inputs} in float32; these are of {inputs} in {x.dtype}")
+            raise ValueError(f"a compiled product takes rows of {self.inputs} in float32; "
+                             f"these are of {inputs} in {x.dtype}")
         out = x.new_empty(*rows, self.outputs)
-        self.run(self.data_ptr(), x.data_ptr(), out.data_ptr(), x.numel() // inputs, inputs, self.outputs, torch.get_num_threads())
+        self.run(self.data_ptr(), x.data_ptr(), out.data_ptr(), x.numel() // inputs, inputs, self.outputs,
+                 torch.get_num_threads())
         return out
 
 
@@ -113,8 +127,10 @@ def products() -> Callable:
         outputs, inputs = weight.shape
         if outputs % block:
             return None
-        weight, packed = weight.float().contiguous(), torch.empty(outputs // block, inputs, block // 2, dtype=torch.int32)
-        return Blocks(code.product, packed, outputs, inputs) if code.pack(weight.data_ptr(), packed.data_ptr(), outputs, inputs) else None
+        weight, packed = (weight.float().contiguous(),
+                          torch.empty(outputs // block, inputs, block // 2, dtype=torch.int32))
+        return (Blocks(code.product, packed, outputs, inputs)
+                if code.pack(weight.data_ptr(), packed.data_ptr(), outputs, inputs) else None)
 
     return blocks
 
@@ -125,19 +141,22 @@ def matrices(layer: nn.Module) -> list[Linear]:
 
 
 class Layers:
-    """All layers of a dense network whose matrices are Blocks, and its last norm, for tokens of one text; or the one layer of an EAGLE-3 head."""
+    """All layers of a dense network whose matrices are Blocks, and its last norm, for tokens of one text; or the one
+    layer of an EAGLE-3 head."""
 
     def __init__(self, network: _Decoder, layers: list[nn.Module]):
         config, code = network.config, library()
-        self.run, self.read_only, self.find, self.inverse, self.norm = code.layers, code.context, code.top, network.inverse, network.norm.factors
+        self.run, self.read_only, self.find, self.inverse, self.norm = (
+            code.layers, code.context, code.top, network.inverse, network.norm.factors)
         self.heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.sizes = len(layers), layers[0].self_attn.qkv_proj.inputs, config.hidden_size, config.intermediate_size
         self.eps, self.factor = config.rms_norm_eps, network.rope_factor
-        self.weights, self.held = (Weights * len(layers))(), []                    # held: alive as long as the pointers to them
+        self.weights, self.held = (Weights * len(layers))(), []  # held: alive as long as the pointers to them
         for weights, layer in zip(self.weights, layers):
             attention = layer.self_attn
             found = dict(zip("qkv o gate_up down".split(), (linear.blocks for linear in matrices(layer))))
-            norms = dict(input_norm=layer.input_layernorm, attention_norm=layer.post_attention_layernorm, hidden_norm=getattr(layer, "hidden_norm", None))
+            norms = dict(input_norm=layer.input_layernorm, attention_norm=layer.post_attention_layernorm,
+                         hidden_norm=getattr(layer, "hidden_norm", None))
             norms |= dict(query_norm=attention.q_norm, key_norm=attention.k_norm) if attention.qk_norm else {}
             found |= {name: norm.factors for name, norm in norms.items() if norm}
             self.held.append(found)
@@ -150,23 +169,29 @@ class Layers:
                 and cache.length + x.shape[1] <= cache.capacity and (mask is None or mask.dim() == 2))
 
     def call(self, n: int, cache: KVCache, w: int = 0, causal: bool = False, first: int = 0, taps: int = 0) -> Call:
-        return Call(n, cache.length + n, w, causal, first, *self.heads, cache.capacity, torch.get_num_threads(), *self.sizes, taps, self.eps, self.factor)
+        return Call(n, cache.length + n, w, causal, first, *self.heads, cache.capacity, torch.get_num_threads(),
+                    *self.sizes, taps, self.eps, self.factor)
 
     def read(self, x: Tensor, positions: Tensor, cache: KVCache) -> None:
-        """Write the keys and values that x [1, n, inputs] makes in each layer, at positions [1, n], behind the committed ones."""
+        """Write the keys and values that x [1, n, inputs] makes in each layer, at positions [1, n], behind the
+        committed ones."""
         x, positions, call = x.contiguous(), positions.contiguous(), self.call(x.shape[1], cache)
-        self.read_only(ctypes.addressof(call), ctypes.addressof(self.weights), *(each.data_ptr() for each in (x, positions, self.inverse, cache.rows)))
+        self.read_only(ctypes.addressof(call), ctypes.addressof(self.weights),
+                       *(each.data_ptr() for each in (x, positions, self.inverse, cache.rows)))
 
-    def __call__(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache, taps: tuple[int, ...] = (), causal: bool = False,
-                 alone: bool = False, given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What comes out of the last layer [1, n, H], its norm, and features [1, n, len(taps) * H] as `Model.forward` returns them. positions [1, n]. mask:
-        bool [n, w], True = attend, for the last w columns; None: all are attended to, or with `causal` those up to each token's own. alone: the last layer
-        gives what the last token needs, [1, 1, H]. given: a head's embeddings [1, n, H]."""
+    def __call__(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache, taps: tuple[int, ...] = (),
+                 causal: bool = False, alone: bool = False,
+                 given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What comes out of the last layer [1, n, H], its norm, and features [1, n, len(taps) * H] as `Model.forward`
+        returns them. positions [1, n]. mask: bool [n, w], True = attend, for the last w columns; None: all are attended
+        to, or with `causal` those up to each token's own. alone: the last layer gives what the last token needs,
+        [1, 1, H]. given: a head's embeddings [1, n, H]."""
         _, n, size = x.shape
         first, w = n - 1 if alone else 0, 0 if mask is None else mask.shape[1]
         x, positions = x.contiguous(), positions.contiguous()
         mask, given = (each if each is None else each.contiguous() for each in (mask, given))
-        out, normed, features = torch.empty_like(x), x.new_empty(1, n - first, size), x.new_empty(1, n, len(taps) * size) if taps else None
+        out, normed, features = (torch.empty_like(x), x.new_empty(1, n - first, size),
+                                 x.new_empty(1, n, len(taps) * size) if taps else None)
         call = self.call(n, cache, w, causal, first, len(taps))
         tensors = x, given, positions, self.inverse, self.norm, cache.rows, mask, None, features, out, normed
         pointers = [each if each is None else each.data_ptr() for each in tensors]
@@ -175,7 +200,8 @@ class Layers:
         return out[:, first:], normed, features
 
     def top(self, logits: Tensor, k: int, logs: bool = False) -> tuple[Tensor, Tensor]:
-        """`topk` of each row [n, V] in float32, of equals the first, best first; with `logs`, of its log-softmax. A row that holds what is no number gives none."""
+        """`topk` of each row [n, V] in float32, of equals the first, best first; with `logs`, of its log-softmax. A row
+        that holds what is no number gives none."""
         logits = logits.contiguous()
         n, size = logits.shape
         values, places = logits.new_empty(n, k), logits.new_empty(n, k, dtype=torch.int64)
@@ -184,7 +210,9 @@ class Layers:
 
 
 def kernels(network: _Decoder) -> Layers | None:
-    """A network's layers, or None where one of its matrices is no Blocks, or an expert's. Raises what `library` does."""
+    """A network's layers, or None where one of its matrices is no Blocks, or an expert's.
+    Raises what `library` does."""
     layers = list(getattr(network, "layers", [network]))                           # a head is its only layer
     dense = not network.config.moe_layers
-    return Layers(network, layers) if dense and all(linear.blocks for layer in layers for linear in matrices(layer)) else None
+    return (Layers(network, layers)
+            if dense and all(linear.blocks for layer in layers for linear in matrices(layer)) else None)
