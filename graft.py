@@ -48,9 +48,8 @@ METHODS = {
     "graft_tail": Method(draft=True, prune=True, retrieve=True,       # ablation: grafts only extend the draft
                          anchors="leaves"),
 }
-CHUNK = 128  # of a row of logits, where the likeliest are looked for first
-# the budget's share that the draft keeps where nothing is pruned; the rest is for retrieval (the paper's 40 of 60)
-UNPRUNED = 2 / 3
+CHUNK = 128       # of a row of logits, where the likeliest are looked for first
+UNPRUNED = 2 / 3  # the budget's share that an unpruned draft keeps; the rest is for retrieval (the paper's 40 of 60)
 
 
 @dataclass(frozen=True)
@@ -181,14 +180,11 @@ class Stats:
 
     prompt_tokens: int = 0
     tokens: int = 0                                     # committed, cut as plain decoding would be
-    # verification forwards; prefill, which gives the first token, is none
-    rounds: int = 0
+    rounds: int = 0                                     # verification forwards: not prefill, of the first token
     nodes: Counter = field(default_factory=Counter)     # verified nodes by source
-    # retrieved nodes that were in the tree already, and cost nothing
-    merged: int = 0
+    merged: int = 0                                     # retrieved nodes that were there already, and cost nothing
     accepted: Counter = field(default_factory=Counter)  # committed tokens by source
-    # rounds by the checkpoint that stopped drafting, or "full": none did
-    stages: Counter = field(default_factory=Counter)
+    stages: Counter = field(default_factory=Counter)    # rounds by the checkpoint that ended drafting; "full": none
     seconds: Counter = field(default_factory=Counter)   # by step
     finish: str = ""                                    # eos, stop, length, context or interrupted; "" while it runs
 
@@ -392,8 +388,7 @@ class Beam:
     kept: Tensor                   # [n] the next frontier: the likeliest children, counted row by row
     scores: Tensor                 # [n] float64, S of those
     hidden: Tensor                 # [1, f, H] of the frontier
-    # bool [f, r]: which of the rows drafted so far each of the frontier attends to: its ancestors and itself
-    seen: Tensor
+    seen: Tensor      # bool [f, r]: which rows drafted so far each of the frontier attends to: its ancestors and itself
     packed: Tensor                 # the first three as one
 
     @classmethod
