@@ -794,9 +794,10 @@ def retrieve(sequence: Sequence, tree: Tree) -> list[tuple[int, str, Branch]]:
             anchors = [0, *anchors]
         branches = []
         if config.ngrams:
+            least = -math.inf if config.temperature else config.least  # the noise may favour what is unlikely
             for node in anchors:
                 path = tuple(tree.tokens[i] for i in tree.path(node))
-                branches.append((node, NGRAM, state.ngrams.propose(free, path)))
+                branches.append((node, NGRAM, state.ngrams.propose(free, path, least=least - tree.scores[node])))
         if config.adjacency:
             size = max(1, free // len(anchors)) if config.priced else free  # the template's last nodes would not pay
             found = state.adjacency.propose([tree.tokens[node] for node in anchors], size)

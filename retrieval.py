@@ -123,8 +123,9 @@ class NGramIndex:
                 found.append((place, length))
         return found
 
-    def propose(self, size: int, path: tuple[int, ...] = (), depth: int = 16) -> Branch:
-        """The `size` likeliest continuations of text + `path`, as one weighted tree.
+    def propose(self, size: int, path: tuple[int, ...] = (), depth: int = 16, least: float = -math.inf) -> Branch:
+        """The `size` likeliest continuations of text + `path`, as one weighted tree; none whose log-probability is
+        below `least`.
 
         Places that match longer weigh more (match length + 1, squared); where they disagree the probability is
         shared out by weight.
@@ -145,7 +146,7 @@ class NGramIndex:
                                       len(branch[0]), token, parent, found, level))
 
         push(places, -1, 0.0, 1)
-        while heap and len(branch[0]) < size:
+        while heap and len(branch[0]) < size and -heap[0][0] >= least:
             cost, _, token, parent, found, level = heapq.heappop(heap)
             branch[0].append(token)
             branch[1].append(parent)

@@ -822,6 +822,8 @@ def test_ngram_branches_follow_the_longest_matches(text, size, path):
         assert any(tuple(text[end:end + len(walked[-1])]) == walked[-1] for end in places)
         paths.add(walked[-1])
     assert len(paths) == len(tokens) <= size
+    cut = sum(score >= math.log(0.3) for score in scores)
+    assert index.propose(size, tuple(path), least=math.log(0.3)) == (tokens[:cut], parents[:cut], scores[:cut])
     first = [token for token, parent in zip(tokens, parents) if parent < 0]
     weight = lambda token: sum(n * n for end, n in places.items() if text[end] == token)
     if len(first) > 1 and max(places.values()) == min(places.values()):
@@ -1073,6 +1075,13 @@ def test_retrieval_starts_where_told():
                 (node, source, (tokens, parents, pytest.approx([score + doubt(node, source) for score in scores])))
                 for node, source, (tokens, parents, scores) in found]
             assert all(branch[0] for _, _, branch in found)
+    for temperature, least in ((0.0, math.log(0.25)), (1.0, -math.inf)):  # no search for what could not pay
+        sequence.config = replace(config, trust=(1.0, 1.0), adjacency=False, lean=False, temperature=temperature,
+                                  verify_cost=tuple(0.25 * n for n in range(10)))
+        sequence.sampler.config, sequence.method, free = sequence.config, METHODS["graft"], config.budget
+        assert retrieve(sequence, tree) == [
+            (node, NGRAM, state.ngrams.propose(free, tuple(tree.tokens[i] for i in tree.path(node)),
+                                               least=least - tree.scores[node])) for node in (0, a, d)]
 
 
 def test_a_text_ends_where_its_model_says():
