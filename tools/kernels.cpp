@@ -504,9 +504,10 @@ static void read(const Call &a, const float *queries, const float *kept, const b
 struct Layer {
     const uint32_t *qkv, *o, *gate_up, *down;
     const float *input_norm, *attention_norm, *query_norm, *key_norm, *hidden_norm;
+    int64_t index;  // its number: where its part of the cache is
 };
 
-// x [n][hidden] at these positions [n] through all layers -> to [n][hidden], and its last norm ->
+// x [n][hidden] at these positions [n] through these layers -> to [n][hidden], and its last norm ->
 // normed [n - first][hidden]; the last layer gives what the tokens from `first` on need. given [n][hidden]: the first
 // layer, an EAGLE-3 head's, reads its norm beside x's, instead of x's alone. inverse [d / 2]: frequencies.
 // cache [layers][2k][capacity][d]. taps: the layers whose outputs are wanted, -1 being x -> features [n][taps][hidden].
@@ -532,7 +533,8 @@ extern "C" void layers(const Call *call, const Layer *layer, const float *x, con
     std::copy_n(x, size, to);
     std::fill_n(added, size, 0.0f);
     tell(-1);
-    for (int64_t l = 0; l < a.layers; l++, layer++, cache += 2 * a.k * a.capacity * a.d) {
+    for (int64_t l = 0; l < a.layers; l++, layer++) {
+        float *kept = cache + layer->index * 2 * a.k * a.capacity * a.d;
         const int64_t first = l == a.layers - 1 ? a.first : 0, n = a.n - first;
         float *wanted = to + first * a.hidden;
         if (given && !l)
@@ -543,14 +545,14 @@ extern "C" void layers(const Call *call, const Layer *layer, const float *x, con
         else
             add_norm(to, added, layer->input_norm, a.eps, own, a.n, a.hidden, a.threads);
         product(layer->qkv, own, rows, a.n, l ? a.hidden : a.inputs, (a.h + 2 * a.k) * a.d, a.threads);
-        turn(a, rows, cos, sin, layer->query_norm, layer->key_norm, first, queries, cache);
-        read(a, queries, cache, mask, first, middle);
+        turn(a, rows, cos, sin, layer->query_norm, layer->key_norm, first, queries, kept);
+        read(a, queries, kept, mask, first, middle);
         product(layer->o, middle, added, n, a.h * a.d, a.hidden, a.threads);
         add_norm(wanted, added, layer->attention_norm, a.eps, own, n, a.hidden, a.threads);
         product(layer->gate_up, own, rows, n, a.hidden, 2 * a.middle, a.threads);
         gate(rows, middle, n, a.middle, a.threads);
         product(layer->down, middle, added, n, a.middle, a.hidden, a.threads);
-        tell(l);
+        tell(layer->index);
     }
     add_norm(to + a.first * a.hidden, added, last_norm, a.eps, normed, a.n - a.first, a.hidden, a.threads);
 }
@@ -563,9 +565,9 @@ extern "C" void context(const Call *call, const Layer *layer, const float *x, co
     std::vector<float> room(a.n * (wide + a.d));
     float *rows = room.data(), *cos = rows + a.n * wide, *sin = cos + a.n * a.d / 2;
     angles(a, positions, inverse, cos, sin);
-    for (int64_t l = 0; l < a.layers; l++, layer++, cache += 2 * a.k * a.capacity * a.d) {
+    for (int64_t l = 0; l < a.layers; l++, layer++) {
+        float *kept = cache + layer->index * 2 * a.k * a.capacity * a.d;
         product(layer->qkv, x, rows, a.n, a.inputs, wide, a.threads);
-        // no token's queries are wanted
-        turn(a, rows, cos, sin, layer->query_norm, layer->key_norm, a.n, rows, cache);
+        turn(a, rows, cos, sin, layer->query_norm, layer->key_norm, a.n, rows, kept);  // no token's queries are wanted
     }
 }

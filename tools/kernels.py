@@ -40,8 +40,9 @@ class Call(ctypes.Structure):
 class Weights(ctypes.Structure):
     """Of a layer."""
 
-    _fields_ = [(name, POINTER) for name in
-                "qkv o gate_up down input_norm attention_norm query_norm key_norm hidden_norm".split()]
+    _fields_ = [*((name, POINTER) for name in
+                  "qkv o gate_up down input_norm attention_norm query_norm key_norm hidden_norm".split()),
+                ("index", NUMBER)]
 
 
 def compiler() -> list[str]:
@@ -141,8 +142,8 @@ def matrices(layer: nn.Module) -> list[Linear]:
 
 
 class Layers:
-    """All layers of a dense network whose matrices are Blocks, and its last norm, for tokens of one text; or the one
-    layer of an EAGLE-3 head."""
+    """All layers of a dense network whose matrices are Blocks, or some of them, and its last norm, for tokens of one
+    text; or the one layer of an EAGLE-3 head."""
 
     def __init__(self, network: _Decoder, layers: list[nn.Module]):
         config, code = network.config, library()
@@ -160,6 +161,7 @@ class Layers:
             norms |= dict(query_norm=attention.q_norm, key_norm=attention.k_norm) if attention.qk_norm else {}
             found |= {name: norm.factors for name, norm in norms.items() if norm}
             self.held.append(found)
+            weights.index = getattr(layer, "index", 0)
             for name, each in found.items():
                 setattr(weights, name, each.data_ptr())
 

@@ -32,6 +32,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 from depth_pruned import chain_score, choices, forward_cost, held_out, model_folder, through  # noqa: E402
 from demo_model import tool  # noqa: E402  (in tools/, which depth_pruned puts on the path)
 from graft import Drafter, GraftConfig, Sequence  # noqa: E402
+from kernels import Layers  # noqa: E402
 from model import KVCache, Model, load_model  # noqa: E402
 from train_eagle3 import TEXT  # noqa: E402
 from tree import Tree  # noqa: E402
@@ -62,12 +63,19 @@ def prepare(setup, method: str):
     return config, lambda: SkipDrafter(setup.model, early, sharpness), verify
 
 
-def run(model: Model, layers, x: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
-    """Some of the target's layers on x [1, n, H]; positions and mask as in Model.forward."""
-    rotary, mask = model.rotary(positions, x.dtype), model.group(mask, x.shape[1], cache, x.dtype)
-    for layer in layers:
-        x = layer(x, rotary, mask, cache)
-    return x
+class Stretch:
+    """Some of the target's layers, on x [1, n, H]; positions and mask as in Model.forward."""
+
+    def __init__(self, model: Model, layers: list):
+        self.model, self.layers, self.compiled = model, layers, model.kernels and Layers(model, layers)
+
+    def __call__(self, x: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
+        if self.compiled and self.compiled.fit(x, mask, cache):
+            return self.compiled(x, positions, mask, cache)[0]
+        rotary, mask = self.model.rotary(positions, x.dtype), self.model.group(mask, x.shape[1], cache, x.dtype)
+        for layer in self.layers:
+            x = layer(x, rotary, mask, cache)
+        return x
 
 
 class SkipDrafter(Drafter):
@@ -76,7 +84,8 @@ class SkipDrafter(Drafter):
     is there already, and what it drafts stands behind, root first, then `ran`, in the rows of those layers."""
 
     def __init__(self, model: Model, early: int, sharpness: float = 1.0):
-        self.model, self.early, self.sharpness = model, early, sharpness
+        self.model, self.sharpness = model, sharpness
+        self.first, self.rest = (Stretch(model, list(part)) for part in (model.layers[:early], model.layers[early:]))
         self.ids = torch.arange(model.config.vocab_size, device=model.device)
 
     def share(self, cache: KVCache) -> None:
@@ -98,8 +107,7 @@ class SkipDrafter(Drafter):
 
     def step(self, tokens: Tensor, hidden: Tensor | None, positions: Tensor,
              mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        x = run(self.model, self.model.layers[:self.early], self.model.wide(self.model.embed_tokens(tokens)), positions,
-                self.cache, mask)
+        x = self.first(self.model.wide(self.model.embed_tokens(tokens)), positions, self.cache, mask)
         self.exits.append(x)
         return self.model.lm_head(self.model.norm(x)) * self.sharpness, x
 
@@ -122,7 +130,7 @@ def verify_one(model: Model, sequence: Sequence, tree: Tree) -> tuple[list[int],
     first."""
     with sequence.stats.clock("verify"):
         drafter, cache, device, n = sequence.drafter, sequence.state.cache, model.device, len(tree)
-        length, early, rows = cache.length, drafter.early, drafter.rows(tree)
+        length, rows = cache.length, drafter.rows(tree)
         cache.reserve(length + n)
         reused, new = [i for i in range(n) if rows[i] is not None], [i for i in range(n) if rows[i] is None]
         order = reused + new
@@ -132,10 +140,10 @@ def verify_one(model: Model, sequence: Sequence, tree: Tree) -> tuple[list[int],
         arrange(cache, [rows[i] for i in reused])
         cache.length += len(reused)
         if new:
-            x[:, new] = run(model, model.layers[:early], x[:, new], positions[:, new], cache, mask[new][:, order])
+            x[:, new] = drafter.first(x[:, new], positions[:, new], cache, mask[new][:, order])
         cache.length = length
-        arrange(cache, [order.index(i) for i in range(n)])           # the rows of layers 0..early-1 in the tree's order
-        x = run(model, model.layers[early:], x, positions, cache, mask)
+        arrange(cache, [order.index(i) for i in range(n)])           # the rows of the first layers in the tree's order
+        x = drafter.rest(x, positions, cache, mask)
         logits = model.lm_head(model.norm(x))[0]
         picks = sequence.sampler.pick(logits, tree)
         return tree.accept(picks), picks, logits, None

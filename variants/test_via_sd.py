@@ -1,6 +1,7 @@
 """Tests of variants/via_sd.py against plain decoding and fresh forwards, on tiny float64 models and on the demo
 model."""
 
+import copy
 import json
 import sys
 from functools import partial
@@ -138,12 +139,20 @@ def test_a_loaded_models_slim_tier_runs_its_own_layers(compiled):
     compiled layers run."""
     model = load_model(demo_model(), dtype=torch.float32, products=kernels.products() if compiled else None)
     model.kernels = kernels.kernels(model) if compiled else None
-    slim = via_sd.slim_of(model, list(range(20)), kept=0.5)
+    taps = (1, 14, 26)
+    slim = via_sd.slim_of(model, list(range(20)), taps, kept=0.5)
     assert (len(slim.layers) == model.config.num_hidden_layers // 2
-            and len(model.layers) == model.config.num_hidden_layers)
+            and len(model.layers) == model.config.num_hidden_layers and bool(slim.kernels) == compiled)
+    twin, caches = copy.copy(slim), [slim.new_cache(8) for _ in range(2)]
+    twin.kernels = None
+    tokens, positions = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 1, 2, 2]])
+    mask = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]], dtype=torch.bool)
     with torch.inference_mode():
-        assert not torch.equal(*(tier(torch.tensor([[5]]), torch.tensor([[0]]), tier.new_cache(1))[0]
-                                 for tier in (slim, model)))
+        (logits, features), wanted = (tier(tokens, positions, cache, mask, taps=taps)
+                                      for tier, cache in zip((slim, twin), caches))
+        assert not torch.equal(logits, model(tokens, positions, model.new_cache(8), mask)[0])
+    for ours, theirs in ((logits, wanted[0]), (features, wanted[1]), (caches[0].rows, caches[1].rows)):
+        assert (ours - theirs).abs().max() < 1e-3 * theirs.abs().max()
 
 
 def test_the_demo_model_says_that_it_is_lossy_and_how_far_it_agrees(tmp_path):

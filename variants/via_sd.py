@@ -25,8 +25,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from graft import EagleDrafter, Sequence  # noqa: E402
+from kernels import kernels  # noqa: E402
 from model import Model  # noqa: E402
 from tree import Tree  # noqa: E402
 
@@ -50,7 +52,7 @@ def slim_of(model: Model, tokens: list[int], taps: tuple[int, ...] = (), kept: f
     slim = copy.copy(model)
     slim._modules = dict(model._modules)
     slim.layers = nn.ModuleList(model.layers[layer] for layer in sorted(chosen))
-    slim.kernels = None                                                 # compiled, all of the target's layers would run
+    slim.kernels = model.kernels and kernels(slim)
     return slim
 
 
