@@ -794,7 +794,7 @@ def retrieve(sequence: Sequence, tree: Tree) -> list[tuple[int, str, Branch]]:
             anchors = [0, *anchors]
         branches = []
         if config.ngrams:
-            least = -math.inf if config.temperature else config.least  # the noise may favour what is unlikely
+            least = -math.inf if config.temperature else config.least  # or it would not pay; noise may favour it
             for node in anchors:
                 path = tuple(tree.tokens[i] for i in tree.path(node))
                 branches.append((node, NGRAM, state.ngrams.propose(free, path, least=least - tree.scores[node])))

@@ -1075,7 +1075,7 @@ def test_retrieval_starts_where_told():
                 (node, source, (tokens, parents, pytest.approx([score + doubt(node, source) for score in scores])))
                 for node, source, (tokens, parents, scores) in found]
             assert all(branch[0] for _, _, branch in found)
-    for temperature, least in ((0.0, math.log(0.25)), (1.0, -math.inf)):  # no search for what could not pay
+    for temperature, least in ((0.0, math.log(0.25)), (1.0, -math.inf)):  # what pays alone
         sequence.config = replace(config, trust=(1.0, 1.0), adjacency=False, lean=False, temperature=temperature,
                                   verify_cost=tuple(0.25 * n for n in range(10)))
         sequence.sampler.config, sequence.method, free = sequence.config, METHODS["graft"], config.budget
@@ -1815,6 +1815,31 @@ def test_what_compiled_layers_cannot_do_is_done_without_them():
             twin(tokens[:1], torch.arange(3)[None], twin.new_cache(2))
 
 
+def test_training_does_not_imitate_bfloat16(monkeypatch):
+    """Muon orthogonalises in float32 where the hardware does not multiply bfloat16, which changes little."""
+    moved = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(train_eagle3, "chosen_dtype", lambda device, name="auto": dtype)
+        generator = torch.Generator().manual_seed(0)
+        weight, x = (torch.randn(size, generator=generator) for size in ((24, 16), (16, 40)))
+        weight.requires_grad_()
+        with train_eagle3.narrow("cpu"):
+            assert (weight @ x).dtype == dtype
+        before = weight.detach().clone()
+        train_eagle3.descend((weight @ x).square().sum(), train_eagle3.new_optimizers([weight], [x], 0.1)[:1], 1.0)
+        moved.append(weight.detach() - before)
+    wide, narrow = moved
+    assert 0 < (wide - narrow).abs().max() < 0.02 * wide.abs().max()
+
+
+def test_a_start_leaves_the_garbage_collector_on():
+    """Though it is off while run.py, as a program, is imported and loads."""
+    code = ("import gc; gc.disable(); import run; run.main(['x', '--max-new-tokens', '1', '--no-compile', '--quiet']); "
+            "print(gc.isenabled(), gc.get_freeze_count() > 1000)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split()[-2:] == ["True", "True"], done.stderr
+
+
 @needs_compiler
 @pytest.mark.parametrize("compiler", [COMPILER, narrower])
 def test_a_compiled_product_is_the_product(compiler, tmp_path_factory, monkeypatch):
@@ -1850,6 +1875,8 @@ def test_a_compiled_product_is_the_product(compiler, tmp_path_factory, monkeypat
     check()
     assert compiled(torch.zeros(block + 1, 4)) is compiled(torch.full((block, 4), 1 / 3)) is None
     assert compiled(torch.full((block, 1), math.nan))(torch.ones(1, 1)).isnan().all()
+    turned, x = torch.arange(3.0 * block).view(3, block).T.remainder(256), torch.ones(1, 3)
+    assert torch.equal(compiled(turned)(x), x @ turned.T) and compiled(turned.double() + 2**-40) is None
     for wrong in (torch.zeros(1, 3), torch.zeros(1, 1, dtype=torch.float64)):
         with pytest.raises(ValueError, match="rows of 1 in float32"):
             compiled(torch.zeros(block, 1))(wrong)

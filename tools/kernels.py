@@ -126,7 +126,7 @@ def products() -> Callable:
 
     def blocks(weight: Tensor) -> Blocks | None:
         outputs, inputs = weight.shape
-        if outputs % block:
+        if outputs % block or weight.dtype == torch.float64:
             return None
         weight, packed = (weight.float().contiguous(),
                           torch.empty(outputs // block, inputs, block // 2, dtype=torch.int32))

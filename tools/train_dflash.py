@@ -30,8 +30,8 @@ from demo_model import at_least, command_line, tool  # noqa: E402
 from dflash import DFlash, load_dflash, stacked  # noqa: E402
 from model import Model, NoCache, default_taps, load_model, unstacked  # noqa: E402
 from retrieval import whole  # noqa: E402
-from train_eagle3 import (Texts, chosen_device, data_folder, descend, learning_rate, model_folder,  # noqa: E402
-                          new_optimizers, report_progress, training_state)
+from train_eagle3 import (Texts, chosen_device, chosen_dtype, data_folder, descend, learning_rate,  # noqa: E402
+                          model_folder, narrow, new_optimizers, report_progress, training_state)
 
 
 class BlockCache(NoCache):
@@ -54,7 +54,7 @@ def denoise(net: DFlash, target: Model, tokens: Tensor, features: Tensor, roots:
     (b, n), A, B, device = tokens.shape, roots.shape[1], net.block_size, tokens.device
     cache, at, which = (BlockCache(), torch.arange(n, device=device).expand(b, -1),
                         torch.arange(A, device=device).repeat_interleave(B))
-    net.read(features, at, cache)
+    net.read(features.to(net.fc.weight.dtype), at, cache)
     ids = torch.full((b, A, B), net.mask_token_id, device=device)
     ids[:, :, 0] = tokens.gather(1, roots)
     before = at[:, None] < roots[:, which, None]                                   # [b, A * B, n]
@@ -128,7 +128,7 @@ def validate(net: DFlash, rows: Tensor, texts: Texts, target: Model, args) -> li
     for tokens, features, kind in texts.batches(random.Random(0), args.batch_tokens):
         roots, after, inside = draw(net, kind, args.spacing, generator)
         row = torch.arange(len(tokens), device=args.device)[:, None, None]
-        with torch.autocast(args.device.split(":")[0], torch.bfloat16):
+        with narrow(args.device):
             guess = F.linear(denoise(net, target, tokens, features[..., :-H], roots), rows).argmax(-1)
             guess = guess if net.ids is None else net.ids[guess]
         best = target.lm_head(target.norm(features[row, after, -H:].to(target.dtype))).argmax(-1)
@@ -142,7 +142,7 @@ def train(args) -> None:
     """Muon for the matrices, AdamW for the norms; the learning rate warms up, stays, and falls linearly over the last
     part of the run. The state is saved every few minutes; the same command continues, with a new order of the texts."""
     data = data_folder(args)
-    target = load_model(model_folder(args), dtype=torch.bfloat16, device=args.device, pack=False)
+    target = load_model(model_folder(args), dtype=chosen_dtype(args.device), device=args.device, pack=False)
     H, L = target.config.hidden_size, target.config.num_hidden_layers
     shards = sorted(data.glob("shard-*.safetensors"))
     if len(shards) < 2:
@@ -193,7 +193,7 @@ def train(args) -> None:
             with torch.no_grad():
                 wanted = F.linear(target.norm(features[row[inside], after[inside], -H:].to(target.dtype)),
                                   rows).float().softmax(-1)
-            with torch.autocast(args.device.split(":")[0], torch.bfloat16):
+            with narrow(args.device):
                 logits = F.linear(denoise(net, target, tokens, features[..., :-H], roots)[inside], rows)    # [r, vocab]
             loss = (F.cross_entropy(logits.float(), wanted, reduction="none") * weight).sum() / weight.sum()
             descend(loss, optimizers, learning_rate(args, seen, updates))

@@ -25,6 +25,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "assets" / "smollm2-135m-text.safetensors"
@@ -340,7 +342,7 @@ def chain(head: Eagle3, tokens, features, steps: int):
     [b, n, 3H]."""
     n, cache = tokens.shape[1], ChainCache()
     positions = torch.arange(n, device=tokens.device)[None].expand(len(tokens), -1)
-    hidden = head.fc(features)
+    hidden = head.fc(features.to(head.fc.weight.dtype))
     for step in range(steps):
         mask = torch.ones(n, n, dtype=torch.bool, device=tokens.device).tril(-step)
         logits, hidden = head(tokens, hidden, positions, cache, mask)
@@ -458,7 +460,7 @@ def validate(head: Eagle3, texts: Texts, target: Model, args, steps: int = 6) ->
         H, kind = target.config.hidden_size, kind[:, 1:]
         best = F.linear(target.norm(features[:, 1:, 3 * H:].float()), lm_head).argmax(-1)   # after position i + 1
         count += int((kind == 2)[:, steps:].sum())
-        with torch.autocast(args.device.split(":")[0], torch.bfloat16):
+        with narrow(args.device):
             for step, logits in enumerate(chain(head, tokens[:, 1:], features[:, :-1, :3 * H], steps)):
                 guesses = head.to_target(logits.topk(8).indices)
                 right = (guesses == best[..., None]) & (kind == 2)[..., None]
@@ -487,9 +489,17 @@ def descend(loss: torch.Tensor, optimizers: list[torch.optim.Optimizer], rate: f
         group["lr"] = group.setdefault("base", group["lr"]) * rate
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    with Wide() if chosen_dtype(loss.device) == torch.float32 else nullcontext():
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+class Wide(TorchFunctionMode):
+    """Within it nothing becomes bfloat16, which torch's Muon asks for: a minute of an update where a CPU imitates it."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return args[0].float() if function is torch.Tensor.bfloat16 else function(*args, **(kwargs or {}))
 
 
 def report_progress(seen: int, tokens: int, loss: float, speed: float) -> None:
@@ -523,7 +533,7 @@ def train(args) -> None:
         raise SystemExit(f"error: argument --blend is {args.blend}; expected between 0 and 1, and less than 1 needs "
                          "--start, without --draft-vocab")
     data = data_folder(args)
-    target = load_model(model_folder(args), dtype=torch.bfloat16, device=args.device, pack=False)
+    target = load_model(model_folder(args), dtype=args.dtype, device=args.device, pack=False)
     H = target.config.hidden_size
     shards = sorted(data.glob("shard-*.safetensors"))
     if len(shards) < 2:
@@ -598,7 +608,7 @@ def train(args) -> None:
             with torch.no_grad():
                 wanted = F.linear(target.norm(features[:, 1:, 3 * H:].float()), rows).softmax(-1)  # [b, n - 1, draft V]
             loss, share = 0.0, 0.0
-            with torch.autocast(args.device.split(":")[0], torch.bfloat16):
+            with narrow(args.device):
                 steps = rng.randint(1, args.steps)               # more text for the same work than all steps every time
                 for step, logits in enumerate(chain(head, tokens[:, 1:], features[:, :-1, :3 * H], steps)):
                     here = weight[:, step:]
@@ -703,6 +713,16 @@ def chosen_device(name: str | None) -> str:
     return str(choose_device(name))
 
 
+def chosen_dtype(device: str, name: str = "auto") -> torch.dtype:
+    from run import choose_dtype
+    return choose_dtype(name, torch.device(device))[0]
+
+
+def narrow(device: str | torch.device) -> torch.autocast:
+    """Products in bfloat16 where the hardware multiplies it: a CPU that imitates it takes five times as long."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=chosen_dtype(device) == torch.bfloat16)
+
+
 def model_folder(args) -> Path:
     return fetch_checkpoint(args.model) if args.model else demo_model()
 
@@ -721,7 +741,8 @@ def main() -> None:
     parser.add_argument("--model", help="target folder or Hub id (default: the demo model)")
     parser.add_argument("--data", help="where self-made text and training state live (default: in Graft's cache)")
     parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"),
+                        help="of the target (default: as run.py's)")
     parser.add_argument("--seed", type=int, default=0)
     commands = parser.add_subparsers(dest="command", required=True)
     make = commands.add_parser("generate", help="let the target write prompts and answers")
@@ -762,7 +783,8 @@ def main() -> None:
     fit.add_argument("--validate", type=at_least(1), default=500, help="updates between validations")
     fit.add_argument("--held-out", type=int, default=80, help="conversations of the first shard to validate on")
     args = parser.parse_args()
-    args.dtype, args.device = getattr(torch, args.dtype), chosen_device(args.device)
+    args.device = chosen_device(args.device)
+    args.dtype = chosen_dtype(args.device, args.dtype)
     {"generate": generate, "text": text, "train": train}[args.command](args)
 
 

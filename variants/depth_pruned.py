@@ -39,7 +39,7 @@ from graft import ModelDrafter  # noqa: E402
 from kernels import kernels  # noqa: E402
 from model import Layer, Model, ModelConfig, NoCache, checkpoint_layout, load_model, unstacked  # noqa: E402
 from retrieval import whole  # noqa: E402
-from train_eagle3 import SHARD, TEXT, model_folder, read_text  # noqa: E402
+from train_eagle3 import SHARD, TEXT, model_folder, narrow, read_text  # noqa: E402
 
 HELD_OUT = SHARD      # conversations at the start of the text, which neither the head nor `heal` is trained on
 LONGEST = 8         # chain of guesses that is scored
@@ -243,7 +243,7 @@ def heal(args) -> None:
         answer = torch.stack([(where >= start - 1) & (where < len(tokens))
                               for tokens, start in batch]).to(args.device)   # [b, n]
         x = target.embed_tokens(ids)
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+        with narrow(args.device):
             with torch.no_grad():
                 # [answers, V]
                 wanted = target.lm_head(target.norm(through(target, target.layers, x)[-1][answer])).float().softmax(-1)

@@ -71,7 +71,7 @@ class Stretch:
 
     def __call__(self, x: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
         if self.compiled and self.compiled.fit(x, mask, cache):
-            return self.compiled(x, positions, mask, cache)[0]
+            return self.compiled(x, positions, mask, cache, causal=mask is None)[0]
         rotary, mask = self.model.rotary(positions, x.dtype), self.model.group(mask, x.shape[1], cache, x.dtype)
         for layer in self.layers:
             x = layer(x, rotary, mask, cache)

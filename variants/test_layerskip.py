@@ -1,5 +1,6 @@
 """Tests of layerskip.py: reuse changes nothing but the work, and the text is plain decoding's."""
 
+import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,15 @@ from hypothesis import strategies as st
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 import depth_pruned  # noqa: E402
+import kernels  # noqa: E402
 import layerskip  # noqa: E402
+from demo_model import demo_model  # noqa: E402
 from graft import AdjacencyMatrix, GraftConfig, NGramIndex, Sequence, State, prefill, run_rounds  # noqa: E402
 from layerskip import SkipDrafter, prepare, verify  # noqa: E402
-from model import Layer  # noqa: E402
+from model import Layer, load_model  # noqa: E402
 from test_depth_pruned import write_text  # noqa: E402
-from test_graft import (MODEL, VOCAB, demo, full_forward, plain_greedy, plain_sampling, tiny,  # noqa: E402, F401
-                        tokens_of)
+from test_graft import (MODEL, VOCAB, demo, full_forward, needs_compiler, plain_greedy,  # noqa: E402, F401
+                        plain_sampling, tiny, tokens_of)
 from tree import DRAFT, NGRAM, Tree  # noqa: E402
 
 LAYERS = MODEL.config.num_hidden_layers
@@ -105,6 +108,31 @@ def test_verification_runs_early_layers_for_new_nodes_only_and_its_logits_and_ro
         cache.commit(keep)
     for ours, theirs in ((cache.keys, rows.keys), (cache.values, rows.values)):
         assert (ours[:, :, :, :len(text)] - theirs[:, :, :, :len(text)]).abs().max() < 1e-9
+
+
+@needs_compiler
+@pytest.mark.parametrize("early", [1, 7, 29])
+def test_compiled_stretches_are_the_layers(early):
+    """Each writes its own layers' rows alone, and gives what these layers give, under any mask."""
+    model = load_model(demo_model(), dtype=torch.float32, products=kernels.products())
+    model.kernels, found, positions = kernels.kernels(model), [], torch.tensor([[0, 1, 2, 2]])
+    seen = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]], dtype=torch.bool)
+    drafter = SkipDrafter(model, early)
+    assert drafter.first.compiled and drafter.rest.compiled
+    for mask in (seen, None):
+        for compiled in (True, False):
+            cache, outputs = model.new_cache(8), []
+            with torch.inference_mode():
+                x = model.embed_tokens(torch.tensor([[5, 6, 7, 8]]))
+                for stretch in (drafter.first, drafter.rest):
+                    stretch = stretch if compiled else copy.copy(stretch)
+                    stretch.compiled = compiled and stretch.compiled
+                    x = stretch(x, positions, cache, mask)
+                    outputs += [x, cache.rows.clone()]
+            found.append(outputs)
+        ours, theirs = found[-2:]
+        assert not ours[1][early:].any()
+        assert all((a - b).abs().max() < 1e-3 * b.abs().max() for a, b in zip(ours, theirs))
 
 
 def test_calibration_scores_an_exit_as_the_model_without_the_layers_behind_it(tmp_path, monkeypatch, capsys):

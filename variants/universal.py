@@ -264,7 +264,7 @@ def train(args) -> None:
     cross-entropy."""
     from demo_model import demo_model
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from train_eagle3 import TEXT, descend, new_optimizers, read_text
+    from train_eagle3 import TEXT, descend, narrow, new_optimizers, read_text
     target = ByteTokenizer(Tokenizer.from_file(str(demo_model() / "tokenizer.json")))
     texts = [tokens for tokens, _ in read_text(TEXT)]
     control = sorted(name for name, i in target.control.items() if any(i in tokens for tokens in texts))
@@ -298,7 +298,7 @@ def train(args) -> None:
     def losses(batch: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of a batch [b, context], and the share of tokens that were the likeliest."""
         positions = torch.arange(args.context - 1, device=batch.device)[None]
-        with torch.autocast(batch.device.type, torch.bfloat16):
+        with narrow(batch.device):
             logits = model(batch[:, :-1], positions, NoCache())[0].float()
         return (F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()),
                 (logits.argmax(-1) == batch[:, 1:]).float().mean())
