@@ -496,7 +496,7 @@ def descend(loss: torch.Tensor, optimizers: list[torch.optim.Optimizer], rate: f
 
 
 class Wide(TorchFunctionMode):
-    """Within it no tensor becomes bfloat16, as torch's Muon wants: where a CPU imitates it, an update takes a minute."""
+    """Within it no tensor becomes bfloat16, as torch's Muon wants: where a CPU imitates it, it takes a minute."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0].float() if function is torch.Tensor.bfloat16 else function(*args, **(kwargs or {}))
