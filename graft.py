@@ -794,7 +794,8 @@ def retrieve(sequence: Sequence, tree: Tree) -> list[tuple[int, str, Branch]]:
             anchors = [0, *anchors]
         branches = []
         if config.ngrams:
-            least = -math.inf if config.temperature else config.least  # or it would not pay; noise may favour it
+            # an unlikelier node would not pay by itself; where tokens are sampled, the noise may yet favour it
+            least = -math.inf if config.temperature else config.least
             for node in anchors:
                 path = tuple(tree.tokens[i] for i in tree.path(node))
                 branches.append((node, NGRAM, state.ngrams.propose(free, path, least=least - tree.scores[node])))

@@ -1075,7 +1075,7 @@ def test_retrieval_starts_where_told():
                 (node, source, (tokens, parents, pytest.approx([score + doubt(node, source) for score in scores])))
                 for node, source, (tokens, parents, scores) in found]
             assert all(branch[0] for _, _, branch in found)
-    for temperature, least in ((0.0, math.log(0.25)), (1.0, -math.inf)):  # what pays alone
+    for temperature, least in ((0.0, math.log(0.25)), (1.0, -math.inf)):  # what pays by itself; if sampled, all
         sequence.config = replace(config, trust=(1.0, 1.0), adjacency=False, lean=False, temperature=temperature,
                                   verify_cost=tuple(0.25 * n for n in range(10)))
         sequence.sampler.config, sequence.method, free = sequence.config, METHODS["graft"], config.budget
