@@ -1980,6 +1980,16 @@ def demo():
     return demo_setup()
 
 
+def held_to_plain_decoding(demo, plan):
+    """Statistics of a plan's run on the demo model, whose tokens are plain decoding's."""
+    (expected, _, _), (output, stats, _) = (
+        run.complete(demo, replace(each, config=replace(each.config, max_new_tokens=32)),
+                     [demo.ask("Count from one to twenty in words.")], argparse.Namespace(stop=[]))[0]
+        for each in (demo.plan("ar"), plan))
+    assert output == expected
+    return stats
+
+
 def test_every_step_is_plain_decoding_on_the_demo_model(demo):
     retrieved = 0
     for question in ("Count from one to twenty in words.", "def fibonacci(n):",

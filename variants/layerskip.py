@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from depth_pruned import chain_score, choices, forward_cost, held_out, model_folder, through  # noqa: E402
@@ -66,7 +66,7 @@ def prepare(setup, method: str):
 class Stretch:
     """Some of the target's layers, on x [1, n, H]; positions and mask as in Model.forward."""
 
-    def __init__(self, model: Model, layers: list):
+    def __init__(self, model: Model, layers: nn.ModuleList):
         self.model, self.layers, self.compiled = model, layers, model.kernels and Layers(model, layers)
 
     def __call__(self, x: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
@@ -85,7 +85,7 @@ class SkipDrafter(Drafter):
 
     def __init__(self, model: Model, early: int, sharpness: float = 1.0):
         self.model, self.sharpness = model, sharpness
-        self.first, self.rest = (Stretch(model, list(part)) for part in (model.layers[:early], model.layers[early:]))
+        self.first, self.rest = Stretch(model, model.layers[:early]), Stretch(model, model.layers[early:])
         self.ids = torch.arange(model.config.vocab_size, device=model.device)
 
     def share(self, cache: KVCache) -> None:

@@ -20,8 +20,8 @@ from graft import AdjacencyMatrix, GraftConfig, NGramIndex, Sequence, State, pre
 from layerskip import SkipDrafter, prepare, verify  # noqa: E402
 from model import Layer, load_model  # noqa: E402
 from test_depth_pruned import write_text  # noqa: E402
-from test_graft import (MODEL, VOCAB, demo, full_forward, needs_compiler, plain_greedy,  # noqa: E402, F401
-                        plain_sampling, tiny, tokens_of)
+from test_graft import (MODEL, VOCAB, demo, full_forward, held_to_plain_decoding,  # noqa: E402, F401
+                        needs_compiler, plain_greedy, plain_sampling, tiny, tokens_of)
 from tree import DRAFT, NGRAM, Tree  # noqa: E402
 
 LAYERS = MODEL.config.num_hidden_layers
@@ -115,19 +115,18 @@ def test_verification_runs_early_layers_for_new_nodes_only_and_its_logits_and_ro
 def test_compiled_stretches_are_the_layers(early):
     """Each writes its own layers' rows alone, and gives what these layers give, under any mask."""
     model = load_model(demo_model(), dtype=torch.float32, products=kernels.products())
-    model.kernels, found, positions = kernels.kernels(model), [], torch.tensor([[0, 1, 2, 2]])
-    seen = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]], dtype=torch.bool)
+    model.kernels, found, tree = kernels.kernels(model), [], Tree([5, 6, 7, 8], [-1, 0, 1, 1], [0, 1, 2, 2])
     drafter = SkipDrafter(model, early)
     assert drafter.first.compiled and drafter.rest.compiled
-    for mask in (seen, None):
+    for mask in (tree.mask(), None):
         for compiled in (True, False):
             cache, outputs = model.new_cache(8), []
             with torch.inference_mode():
-                x = model.embed_tokens(torch.tensor([[5, 6, 7, 8]]))
+                x = model.embed_tokens(torch.tensor([tree.tokens]))
                 for stretch in (drafter.first, drafter.rest):
                     stretch = stretch if compiled else copy.copy(stretch)
                     stretch.compiled = compiled and stretch.compiled
-                    x = stretch(x, positions, cache, mask)
+                    x = stretch(x, tree.positions(0)[None], cache, mask)
                     outputs += [x, cache.rows.clone()]
             found.append(outputs)
         ours, theirs = found[-2:]
@@ -171,13 +170,6 @@ def test_a_bad_exit_is_named(given, monkeypatch):
 def test_the_demo_model_says_what_plain_decoding_says(demo, method, early, depth, monkeypatch):  # noqa: F811
     if early:
         monkeypatch.setenv("LAYERSKIP_EXIT", str(early))
-    ids = demo.ids([{"role": "user", "content": "Count from one to twenty in words."}])
-    plain, plan = demo.plan("ar"), demo.plan(method)
+    plan = demo.plan(method)
     plan.config = replace(plan.config, depth=plan.config.depth if depth is None else depth)
-    expected = [t for _, step in run_rounds(
-        demo.model, [Sequence(demo.model, ids, replace(plain.config, max_new_tokens=32), demo.state(plain))])
-        for t in step.tokens]
-    steps = [step for _, step in run_rounds(
-        demo.model, [Sequence(demo.model, ids, replace(plan.config, max_new_tokens=32), demo.state(plan))],
-        plan.verify)]
-    assert [t for step in steps for t in step.tokens] == expected and steps[-1].stats.accepted[DRAFT] > 0
+    assert held_to_plain_decoding(demo, plan).accepted[DRAFT] > 0

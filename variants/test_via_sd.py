@@ -21,6 +21,7 @@ from demo_model import demo_model
 from graft import EagleDrafter, GraftConfig, Sampler, Sequence, State, run_rounds
 from model import Model, load_model
 from test_graft import HEAD, MODEL, VOCAB, command, needs_compiler, plain_greedy, plain_sampling, tokens_of
+from tree import Tree
 
 ALL = via_sd.slim_of(MODEL, [1, 2, 3], kept=1.0)
 SLIM = via_sd.slim_of(MODEL, [1, 2, 3, 4, 5, 6], HEAD.taps, kept=4 / 6)
@@ -145,8 +146,8 @@ def test_a_loaded_models_slim_tier_runs_its_own_layers(compiled):
             and len(model.layers) == model.config.num_hidden_layers and bool(slim.kernels) == compiled)
     twin, caches = copy.copy(slim), [slim.new_cache(8) for _ in range(2)]
     twin.kernels = None
-    tokens, positions = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 1, 2, 2]])
-    mask = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]], dtype=torch.bool)
+    tree = Tree([5, 6, 7, 8], [-1, 0, 1, 1], [0, 1, 2, 2])
+    tokens, positions, mask = torch.tensor([tree.tokens]), tree.positions(0)[None], tree.mask()
     with torch.inference_mode():
         (logits, features), wanted = (tier(tokens, positions, cache, mask, taps=taps)
                                       for tier, cache in zip((slim, twin), caches))
