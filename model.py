@@ -580,7 +580,7 @@ class Linear(Part):
             if self.scale:
                 self.halves = torch.ops.quantized.linear_prepack_fp16(
                     wide if self.scale == 1 else wide * self.scale, None)
-        if self.blocks is self.halves is None or mixed and prompts:
+        if self.blocks is self.halves is None or mixed and prompts and not (self.blocks and self.blocks.narrow):
             # an x86 CPU without AVX512
             if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
                 return
@@ -588,7 +588,7 @@ class Linear(Part):
         self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.blocks is not None and x.dtype == torch.float32:
+        if self.blocks is not None and (x.dtype == torch.float32 or self.blocks.narrow):
             return self.blocks(x)
         if self.halves is not None and x.dtype == torch.float32:
             x, n = x if self.scale == 1 else x * (1 / self.scale), x.shape[-2]

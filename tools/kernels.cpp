@@ -9,13 +9,16 @@
 #include <numeric>
 #include <type_traits>
 #include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #ifdef __AVX512F__
 constexpr int64_t LANES = 16, ROWS = 14;       // floats in a register; rows, twice of which are sums in 32 registers
 #else
 constexpr int64_t LANES = 8, ROWS = 6;         // 16 registers
 #endif
-constexpr int64_t BLOCK = 2 * LANES, AHEAD = 1024;
+constexpr int64_t BLOCK = 2 * LANES, AHEAD = 1536;
 constexpr int64_t MUCH = 2048;                 // numbers, from which on small work is worth a second thread
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -74,21 +77,28 @@ static void transpose(const float *from, int64_t rows, int64_t d, float *to) {
 
 // ----------------------------------------------------------------------------------------------------------- y = x W^T
 
+static inline Floats plus(Floats sum, Floats weights, float x) { return sum + weights * x; }
+#ifdef __AVX512BF16__
+static inline Floats plus(Floats sum, Words weights, uint32_t x) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(x));
+}
+#endif
+
 // R rows of x, `apart` from each other, times the W registers of weights that `weights` gives for each input ->
-// y [R][W LANES], rows `stride` apart; ADD: to what is there.
-template <bool ADD, int W, int R, class Weights>
-static inline void block(const float *x, int64_t apart, int64_t inputs, float *y, int64_t stride, Weights weights) {
+// y [R][W LANES], rows `stride` apart; ADD: to what is there. X: float, or pairs of bfloat16.
+template <bool ADD, int W, int R, class X, class Weights>
+static inline void block(const X *x, int64_t apart, int64_t inputs, float *y, int64_t stride, Weights weights) {
     Floats sums[R][W] = {};
     for (int r = 0; ADD && r < R; r++)
         for (int i = 0; i < W; i++)
             sums[r][i] = load(y + r * stride + i * LANES);
     #pragma GCC unroll 2
     for (int64_t k = 0; k < inputs; k++) {
-        Floats some[W];
+        std::conditional_t<std::is_same_v<X, float>, Floats, Words> some[W];
         weights(k, some);
         for (int r = 0; r < R; r++)
             for (int i = 0; i < W; i++)
-                sums[r][i] += some[i] * x[r * apart + k];
+                sums[r][i] = plus(sums[r][i], some[i], x[r * apart + k]);
     }
     for (int r = 0; r < R; r++)
         for (int i = 0; i < W; i++)
@@ -103,8 +113,8 @@ struct Soon {
 
 // The same for any number of rows, in equal parts whose sums stay in registers. Before each a part of what is wanted
 // soon is asked for: memory would rest while the same weights meet the other rows.
-template <bool ADD, int W = 2, class Weights>
-static inline void blocks(const float *x, int64_t apart, int64_t inputs, float *y, int64_t stride, int64_t rows,
+template <bool ADD, int W = 2, class X, class Weights>
+static inline void blocks(const X *x, int64_t apart, int64_t inputs, float *y, int64_t stride, int64_t rows,
                           Weights weights, Soon soon = {}) {
     constexpr int64_t most = 2 * ROWS / W;
     const int64_t parts = (rows + most - 1) / most, shares = parts * soon.shares;
@@ -169,7 +179,7 @@ static void multiply(const uint32_t *w, const float *x, float *y, int64_t rows, 
                           [own, ahead](int64_t k, Floats *some) {
                               Words pairs;
                               // in this form it costs GCC no instruction more
-                              __builtin_prefetch(own + k * LANES + ahead - k * (LANES - LANES / TURNS));
+                              __builtin_prefetch(own + k * LANES + ahead - k * (LANES - LANES / TURNS), 0, 0);
                               std::memcpy(&pairs, own + k * LANES, sizeof pairs);
                               some[0] = (Floats)(pairs << 16);
                               some[1] = (Floats)(pairs & 0xffff0000);
@@ -177,10 +187,48 @@ static void multiply(const uint32_t *w, const float *x, float *y, int64_t rows, 
         }
 }
 
+// The same for x in bfloat16, in pairs: an instruction multiplies two of its numbers by the weights of two inputs. Sums
+// are float32's.
+#ifdef __AVX512BF16__
+extern "C" const int64_t narrows = true;
+
+static void multiply_narrow(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs,
+                            int64_t threads) {
+    thread_local std::vector<uint32_t> room;
+    room.resize(std::max<size_t>(room.size(), rows * inputs / 2 + LANES));
+    uint32_t *const pairs = room.data();
+    #pragma omp parallel for num_threads(threads) if (rows * inputs >= MUCH)
+    for (int64_t i = 0; i < rows * inputs; i += LANES) {
+        Floats some{};
+        std::memcpy(&some, x + i, std::min(LANES, rows * inputs - i) * sizeof(float));
+        const __m256bh narrow = _mm512_cvtneps_pbh((__m512)some);
+        std::memcpy(pairs + i / 2, &narrow, sizeof narrow);
+    }
+    #pragma omp parallel for schedule(guided) num_threads(threads)
+    for (int64_t o = 0; o < outputs; o += BLOCK) {
+        const uint32_t *own = w + o / 2 * inputs;
+        blocks<false>(pairs, inputs / 2, inputs / 2, y + o, outputs, rows, [own](int64_t k, Words *some) {
+            Words even, odd;
+            __builtin_prefetch(own + 2 * k * LANES + AHEAD);
+            std::memcpy(&even, own + 2 * k * LANES, sizeof even);
+            std::memcpy(&odd, own + (2 * k + 1) * LANES, sizeof odd);
+            some[0] = (Words)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)even, (__m512i)(odd << 16));
+            some[1] = (Words)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)(even >> 16), (__m512i)odd);
+        });
+    }
+}
+#else
+extern "C" const int64_t narrows = false;
+static void multiply_narrow(const uint32_t *, const float *, float *, int64_t, int64_t, int64_t, int64_t) {}
+#endif
+
+// narrow: x is rounded to bfloat16 first, where the CPU multiplies it.
 extern "C" void product(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs,
-                        int64_t threads) {
+                        int64_t threads, int64_t narrow) {
     // with more rows arithmetic is the limit
-    (rows > ROWS && rows <= 2 * ROWS ? multiply<2> : multiply<1>)(w, x, y, rows, inputs, outputs, threads);
+    const auto run = narrow && narrows ? multiply_narrow
+                     : rows > ROWS && rows <= 2 * ROWS ? multiply<2> : multiply<1>;
+    run(w, x, y, rows, inputs, outputs, threads);
 }
 
 // ---------------------------------------------------------------------------------------------------- small operations
@@ -308,6 +356,7 @@ struct Call {
     int64_t h, k, d, capacity, threads;
     // and the sizes of what the first layer reads, of a hidden state and of an MLP's middle; layers to tell of
     int64_t layers, inputs, hidden, middle, taps;
+    int64_t narrow;  // whether products take their inputs in bfloat16
     // of norms; on cos and sin
     float eps, factor;
 };
@@ -544,14 +593,14 @@ extern "C" void layers(const Call *call, const Layer *layer, const float *x, con
             }
         else
             add_norm(to, added, layer->input_norm, a.eps, own, a.n, a.hidden, a.threads);
-        product(layer->qkv, own, rows, a.n, l ? a.hidden : a.inputs, (a.h + 2 * a.k) * a.d, a.threads);
+        product(layer->qkv, own, rows, a.n, l ? a.hidden : a.inputs, (a.h + 2 * a.k) * a.d, a.threads, a.narrow);
         turn(a, rows, cos, sin, layer->query_norm, layer->key_norm, first, queries, kept);
         read(a, queries, kept, mask, first, middle);
-        product(layer->o, middle, added, n, a.h * a.d, a.hidden, a.threads);
+        product(layer->o, middle, added, n, a.h * a.d, a.hidden, a.threads, a.narrow);
         add_norm(wanted, added, layer->attention_norm, a.eps, own, n, a.hidden, a.threads);
-        product(layer->gate_up, own, rows, n, a.hidden, 2 * a.middle, a.threads);
+        product(layer->gate_up, own, rows, n, a.hidden, 2 * a.middle, a.threads, a.narrow);
         gate(rows, middle, n, a.middle, a.threads);
-        product(layer->down, middle, added, n, a.middle, a.hidden, a.threads);
+        product(layer->down, middle, added, n, a.middle, a.hidden, a.threads, a.narrow);
         tell(layer->index);
     }
     add_norm(to + a.first * a.hidden, added, last_norm, a.eps, normed, a.n - a.first, a.hidden, a.threads);
@@ -567,7 +616,7 @@ extern "C" void context(const Call *call, const Layer *layer, const float *x, co
     angles(a, positions, inverse, cos, sin);
     for (int64_t l = 0; l < a.layers; l++, layer++) {
         float *kept = cache + layer->index * 2 * a.k * a.capacity * a.d;
-        product(layer->qkv, x, rows, a.n, a.inputs, wide, a.threads);
+        product(layer->qkv, x, rows, a.n, a.inputs, wide, a.threads, a.narrow);
         turn(a, rows, cos, sin, layer->query_norm, layer->key_norm, a.n, rows, kept);  // no token's queries are wanted
     }
 }

@@ -33,7 +33,7 @@ NUMBER, POINTER = ctypes.c_int64, ctypes.c_void_p
 
 class Call(ctypes.Structure):
     _fields_ = [*((name, NUMBER) for name in
-                  "n m w causal first h k d capacity threads layers inputs hidden middle taps".split()),
+                  "n m w causal first h k d capacity threads layers inputs hidden middle taps narrow".split()),
                 *((name, ctypes.c_float) for name in ("eps", "factor"))]
 
 
@@ -81,7 +81,7 @@ def _library(command: tuple[str, ...], kept: Path) -> ctypes.CDLL:
                                  f"{' '.join(said.split())[:200]}") from None
     try:
         code = ctypes.CDLL(str(folder / "kernels.so"))
-        code.product.argtypes = [POINTER] * 3 + [NUMBER] * 4
+        code.product.argtypes = [POINTER] * 3 + [NUMBER] * 5
         code.pack.argtypes = [POINTER] * 2 + [NUMBER] * 2
         code.layers.argtypes = [POINTER] * 13
         code.context.argtypes = [POINTER] * 6
@@ -96,33 +96,40 @@ def _library(command: tuple[str, ...], kept: Path) -> ctypes.CDLL:
 def instructions() -> str:
     """What the library was compiled for."""
     capability = torch.backends.cpu.get_cpu_capability()
-    return ("avx512" if NUMBER.in_dll(library(), "block_size").value == 32 else
+    wide, narrows = constant("block_size") == 32, constant("narrows")
+    return (("avx512-bf16" if narrows else "avx512") if wide else
             "avx2" if capability.startswith("AVX") else capability.lower().replace(" ", "-"))
 
 
-class Blocks:
-    """x @ weight.T in float32 for a matrix [outputs, inputs] in bfloat16, `outputs` being a multiple of the block."""
+def constant(name: str) -> int:
+    """One of the library's."""
+    return NUMBER.in_dll(library(), name).value
 
-    def __init__(self, run: Callable, weight: Tensor, outputs: int, inputs: int):
-        self.run, self.weight, self.outputs, self.inputs, self.data_ptr = run, weight, outputs, inputs, weight.data_ptr
+
+class Blocks:
+    """x @ weight.T for a matrix [outputs, inputs] in bfloat16, `outputs` being a multiple of the block, and x in
+    float32, or in bfloat16 where `narrow` says that the CPU multiplies it; its sums are float32's either way."""
+
+    def __init__(self, run: Callable, weight: Tensor, outputs: int, inputs: int, narrow: bool):
+        self.run, self.weight, self.outputs, self.inputs, self.narrow, self.data_ptr = (
+            run, weight, outputs, inputs, narrow, weight.data_ptr)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs]."""
-        x = x.contiguous()
-        *rows, inputs = x.shape
-        if inputs != self.inputs or x.dtype != torch.float32:
-            raise ValueError(f"a compiled product takes rows of {self.inputs} in float32; "
-                             f"these are of {inputs} in {x.dtype}")
+        dtype, (*rows, inputs) = x.dtype, x.shape
+        if inputs != self.inputs or dtype != torch.float32 and not (self.narrow and dtype == torch.bfloat16):
+            raise ValueError(f"a compiled product takes rows of {self.inputs} in float32"
+                             f"{' or bfloat16' if self.narrow else ''}; these are of {inputs} in {dtype}")
+        x = x.float().contiguous()
         out = x.new_empty(*rows, self.outputs)
         self.run(self.data_ptr(), x.data_ptr(), out.data_ptr(), x.numel() // inputs, inputs, self.outputs,
-                 torch.get_num_threads())
-        return out
+                 torch.get_num_threads(), dtype == torch.bfloat16)
+        return out.to(dtype)
 
 
 def products() -> Callable:
     """From a matrix to its Blocks, or None where it cannot have any. Raises what `library` does."""
-    code = library()
-    block = NUMBER.in_dll(code, "block_size").value
+    code, block, narrows = library(), constant("block_size"), constant("narrows")
 
     def blocks(weight: Tensor) -> Blocks | None:
         outputs, inputs = weight.shape
@@ -130,7 +137,7 @@ def products() -> Callable:
             return None
         weight, packed = (weight.float().contiguous(),
                           torch.empty(outputs // block, inputs, block // 2, dtype=torch.int32))
-        return (Blocks(code.product, packed, outputs, inputs)
+        return (Blocks(code.product, packed, outputs, inputs, bool(narrows) and inputs % 2 == 0)
                 if code.pack(weight.data_ptr(), packed.data_ptr(), outputs, inputs) else None)
 
     return blocks
@@ -151,6 +158,8 @@ class Layers:
             code.layers, code.context, code.top, network.inverse, network.norm.factors)
         self.heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.sizes = len(layers), layers[0].self_attn.qkv_proj.inputs, config.hidden_size, config.intermediate_size
+        narrow = all(linear.blocks.narrow for layer in layers for linear in matrices(layer))
+        self.dtypes = (torch.float32, torch.bfloat16) if narrow else (torch.float32,)
         self.eps, self.factor = config.rms_norm_eps, network.rope_factor
         self.weights, self.held = (Weights * len(layers))(), []  # held: alive as long as the pointers to them
         for weights, layer in zip(self.weights, layers):
@@ -167,17 +176,18 @@ class Layers:
 
     def fit(self, x: Tensor, mask: Tensor | list | None, cache: KVCache) -> bool:
         """Whether a forward of x [b, n, H] can be run so."""
-        return (x.dtype == torch.float32 and x.shape[0] == 1 and type(cache) is KVCache and cache.rows.dtype == x.dtype
-                and cache.length + x.shape[1] <= cache.capacity and (mask is None or mask.dim() == 2))
+        return (x.dtype in self.dtypes and x.shape[0] == 1 and type(cache) is KVCache
+                and cache.rows.dtype == torch.float32 and cache.length + x.shape[1] <= cache.capacity and (mask is None or mask.dim() == 2))
 
-    def call(self, n: int, cache: KVCache, w: int = 0, causal: bool = False, first: int = 0, taps: int = 0) -> Call:
+    def call(self, x: Tensor, cache: KVCache, w: int = 0, causal: bool = False, first: int = 0, taps: int = 0) -> Call:
+        n = x.shape[1]
         return Call(n, cache.length + n, w, causal, first, *self.heads, cache.capacity, torch.get_num_threads(),
-                    *self.sizes, taps, self.eps, self.factor)
+                    *self.sizes, taps, x.dtype == torch.bfloat16, self.eps, self.factor)
 
     def read(self, x: Tensor, positions: Tensor, cache: KVCache) -> None:
         """Write the keys and values that x [1, n, inputs] makes in each layer, at positions [1, n], behind the
         committed ones."""
-        x, positions, call = x.contiguous(), positions.contiguous(), self.call(x.shape[1], cache)
+        call, x, positions = self.call(x, cache), x.float().contiguous(), positions.contiguous()
         self.read_only(ctypes.addressof(call), ctypes.addressof(self.weights),
                        *(each.data_ptr() for each in (x, positions, self.inverse, cache.rows)))
 
@@ -190,16 +200,16 @@ class Layers:
         [1, 1, H]. given: a head's embeddings [1, n, H]."""
         _, n, size = x.shape
         first, w = n - 1 if alone else 0, 0 if mask is None else mask.shape[1]
-        x, positions = x.contiguous(), positions.contiguous()
-        mask, given = (each if each is None else each.contiguous() for each in (mask, given))
+        call, dtype = self.call(x, cache, w, causal, first, len(taps)), x.dtype
+        x, positions = x.float().contiguous(), positions.contiguous()
+        mask, given = mask if mask is None else mask.contiguous(), given if given is None else given.float().contiguous()
         out, normed, features = (torch.empty_like(x), x.new_empty(1, n - first, size),
                                  x.new_empty(1, n, len(taps) * size) if taps else None)
-        call = self.call(n, cache, w, causal, first, len(taps))
         tensors = x, given, positions, self.inverse, self.norm, cache.rows, mask, None, features, out, normed
         pointers = [each if each is None else each.data_ptr() for each in tensors]
         pointers[7] = (NUMBER * len(taps))(*taps)
         self.run(ctypes.addressof(call), ctypes.addressof(self.weights), *pointers)
-        return out[:, first:], normed, features
+        return out[:, first:].to(dtype), normed, features if features is None else features.to(dtype)
 
     def top(self, logits: Tensor, k: int, logs: bool = False) -> tuple[Tensor, Tensor]:
         """`topk` of each row [n, V] in float32, of equals the first, best first; with `logs`, of its log-softmax. A row
