@@ -24,6 +24,7 @@ constexpr int64_t MUCH = 2048;                 // numbers, from which on small w
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 static inline Floats load(const float *from) {
     Floats value;
@@ -78,11 +79,20 @@ static void transpose(const float *from, int64_t rows, int64_t d, float *to) {
 // ----------------------------------------------------------------------------------------------------------- y = x W^T
 
 static inline Floats plus(Floats sum, Floats weights, float x) { return sum + weights * x; }
-#ifdef __AVX512BF16__
+
+// Numbers in bfloat16 come in pairs, one in a word's low half and the next in its high one. To `sum` is added, in each
+// lane, what both numbers of x are times both weights.
 static inline Floats plus(Floats sum, Words weights, uint32_t x) {
+#ifdef __AVX512BF16__
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(x));
-}
+#else
+    float low, high;
+    const uint32_t bits[] = {x << 16, x & 0xffff0000};
+    std::memcpy(&low, bits, sizeof low);
+    std::memcpy(&high, bits + 1, sizeof high);
+    return sum + (Floats)(weights << 16) * low + (Floats)(weights & 0xffff0000) * high;
 #endif
+}
 
 // R rows of x, `apart` from each other, times the W registers of weights that `weights` gives for each input ->
 // y [R][W LANES], rows `stride` apart; ADD: to what is there. X: float, or pairs of bfloat16.
@@ -132,10 +142,7 @@ static inline void blocks(const X *x, int64_t apart, int64_t inputs, float *y, i
 // For `blocks`: W registers of each row of numbers, `apart` from each other.
 template <int W>
 static inline auto registers(const float *from, int64_t apart) {
-    return [from, apart](int64_t k, Floats *some) {
-        for (int i = 0; i < W; i++)
-            some[i] = load(from + k * apart + i * LANES);
-    };
+    return [from, apart](int64_t k, auto *some) { std::memcpy(some, from + k * apart, W * sizeof *some); };
 }
 
 extern "C" const int64_t block_size = BLOCK;
@@ -187,23 +194,44 @@ static void multiply(const uint32_t *w, const float *x, float *y, int64_t rows, 
         }
 }
 
-// The same for x in bfloat16, in pairs: an instruction multiplies two of its numbers by the weights of two inputs. Sums
-// are float32's.
+// Whether bfloat16 is faster here: an instruction multiplies two numbers by two weights.
 #ifdef __AVX512BF16__
 extern "C" const int64_t narrows = true;
+static inline Halves rounded(Floats x) { return (Halves)_mm512_cvtneps_pbh((__m512)x); }
+static inline Words joined(Words low, Words high) {
+    return (Words)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)low, (__m512i)high);
+}
+#else
+extern "C" const int64_t narrows = false;
+static inline Halves rounded(Floats x) {
+    const Words bits = (Words)x;
+    return __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Halves);
+}
+static inline Words joined(Words low, Words high) { return (low & 0xffff) | (high & 0xffff0000); }
+#endif
 
+// x [count], an even number -> rounded to bfloat16, as pairs; they may take its place.
+static void round(const float *x, uint32_t *to, int64_t count) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        const Halves some = rounded(load(x + i));
+        std::memcpy(to + i / 2, &some, sizeof some);
+    }
+    Floats rest{};
+    std::memcpy(&rest, x + i, (count - i) * sizeof(float));
+    const Halves some = rounded(rest);
+    std::memcpy(to + i / 2, &some, (count - i) * sizeof(uint16_t));
+}
+
+// `multiply` for x in bfloat16; the sums are float32's.
 static void multiply_narrow(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs,
                             int64_t threads) {
     thread_local std::vector<uint32_t> room;
-    room.resize(std::max<size_t>(room.size(), rows * inputs / 2 + LANES));
+    room.resize(std::max<size_t>(room.size(), rows * inputs / 2));
     uint32_t *const pairs = room.data();
     #pragma omp parallel for num_threads(threads) if (rows * inputs >= MUCH)
-    for (int64_t i = 0; i < rows * inputs; i += LANES) {
-        Floats some{};
-        std::memcpy(&some, x + i, std::min(LANES, rows * inputs - i) * sizeof(float));
-        const __m256bh narrow = _mm512_cvtneps_pbh((__m512)some);
-        std::memcpy(pairs + i / 2, &narrow, sizeof narrow);
-    }
+    for (int64_t row = 0; row < rows; row++)
+        round(x + row * inputs, pairs + row * inputs / 2, inputs);
     #pragma omp parallel for schedule(guided) num_threads(threads)
     for (int64_t o = 0; o < outputs; o += BLOCK) {
         const uint32_t *own = w + o / 2 * inputs;
@@ -212,22 +240,17 @@ static void multiply_narrow(const uint32_t *w, const float *x, float *y, int64_t
             __builtin_prefetch(own + 2 * k * LANES + AHEAD);
             std::memcpy(&even, own + 2 * k * LANES, sizeof even);
             std::memcpy(&odd, own + (2 * k + 1) * LANES, sizeof odd);
-            some[0] = (Words)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)even, (__m512i)(odd << 16));
-            some[1] = (Words)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)(even >> 16), (__m512i)odd);
+            some[0] = joined(even, odd << 16);
+            some[1] = joined(even >> 16, odd);
         });
     }
 }
-#else
-extern "C" const int64_t narrows = false;
-static void multiply_narrow(const uint32_t *, const float *, float *, int64_t, int64_t, int64_t, int64_t) {}
-#endif
 
-// narrow: x is rounded to bfloat16 first, where the CPU multiplies it.
+// narrow: x is rounded to bfloat16 first.
 extern "C" void product(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs,
                         int64_t threads, int64_t narrow) {
     // with more rows arithmetic is the limit
-    const auto run = narrow && narrows ? multiply_narrow
-                     : rows > ROWS && rows <= 2 * ROWS ? multiply<2> : multiply<1>;
+    const auto run = narrow ? multiply_narrow : rows > ROWS && rows <= 2 * ROWS ? multiply<2> : multiply<1>;
     run(w, x, y, rows, inputs, outputs, threads);
 }
 
@@ -385,11 +408,16 @@ static float soften(float *scores, int64_t count, float &highest) {
 // Up to MANY rows of queries [rows][d], of these tokens, over the columns from `start` to `stop` of one head's keys and
 // values [m][d] -> to, rows of d, and, where they are wanted, `weights` [rows][2]: the highest score and the sum of all
 // e^(score - highest). `scores` has room for them, [rows][STRIDE], and behind them for BLOCK keys turned round,
-// [d][BLOCK], and sums of values, [rows][d].
+// [d][BLOCK], sums of values, [rows][d], and, NARROW, what is rounded of queries, [rows][d / 2], and of some keys or
+// pairs of values, [TILE / 2][d].
+template <bool NARROW>
 static void attend(const Call &a, int64_t rows, const int64_t *tokens, const float *queries, const bool *mask,
                    const float *keys, const float *values, int64_t start, int64_t stop, float *const *to,
                    float *weights, float *scores) {
     float highest[MANY], by[MANY], *turned = scores + rows * STRIDE, *sums = turned + a.d * BLOCK;
+    uint32_t *const asked = (uint32_t *)(sums + rows * a.d), *const pairs = asked + rows * a.d / 2;
+    if (NARROW)
+        round(queries, asked, rows * a.d);
     int64_t seen[MANY], most = 0;                                             // columns: of a row, of all
     for (int64_t r = 0; r < rows; r++) {
         most = std::max(most, seen[r] = a.causal ? a.m - a.n + tokens[r] + 1 : a.m);
@@ -402,10 +430,17 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
         const int64_t width = std::min(PANEL, most - begin), whole = (width + BLOCK - 1) / BLOCK * BLOCK,
                       masked = a.m - a.w - begin;
         for (int64_t c = 0; c < width; c += BLOCK) {
-            transpose(keys + (begin + c) * a.d, width - c, a.d, turned);
-            transpose(keys + (begin + c + LANES) * a.d, width - c - LANES, a.d, turned + LANES);
-            blocks<false>(queries, a.d, a.d, scores + c, STRIDE, rows, registers<2>(turned, BLOCK),
-                          {keys + (begin + c + BLOCK) * a.d, BLOCK * a.d});
+            const auto score = [&](auto *x, const float *own, int64_t size) {
+                transpose(own, width - c, size, turned);
+                transpose(own + LANES * size, width - c - LANES, size, turned + LANES);
+                blocks<false>(x, size, size, scores + c, STRIDE, rows, registers<2>(turned, BLOCK),
+                              {keys + (begin + c + BLOCK) * a.d, BLOCK * a.d});
+            };
+            if (NARROW) {
+                round(keys + (begin + c) * a.d, pairs, std::min(BLOCK, width - c) * a.d);
+                score(asked, (float *)pairs, a.d / 2);
+            } else
+                score(queries, keys + (begin + c) * a.d, a.d);
         }
         for (int64_t r = 0; r < rows; r++) {
             float *own = scores + r * STRIDE;
@@ -418,11 +453,26 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
             by[r] = by[r] * scale + added;
             for (int64_t i = 0; begin > start && i < a.d; i++)
                 sums[r * a.d + i] *= scale;
+            if (NARROW)
+                round(own, (uint32_t *)own, whole);
         }
         for (int64_t c = 0; c < width; c += TILE) {
             const int64_t count = std::min(TILE, width - c);
             const float *own = values + (begin + c) * a.d;
             int64_t i = 0;
+            if (NARROW) {
+                for (int64_t k = 0; k < count; k += 2)
+                    for (i = 0; i < a.d; i += LANES) {
+                        const Floats odd = k + 1 < count ? load(own + (k + 1) * a.d + i) : Floats{};
+                        const Words both = joined(__builtin_convertvector(rounded(load(own + k * a.d + i)), Words),
+                                                  __builtin_convertvector(rounded(odd), Words) << 16);
+                        std::memcpy(pairs + k / 2 * a.d + i, &both, sizeof both);
+                    }
+                for (i = 0; i < a.d; i += BLOCK)
+                    blocks<true>((uint32_t *)scores + c / 2, STRIDE, (count + 1) / 2, sums + i, a.d, rows,
+                                 registers<2>((float *)pairs + i, a.d));
+                continue;
+            }
             const auto mix = [&](auto w) {
                 for (; i + w * LANES <= a.d; i += w * LANES)
                     blocks<true, w>(scores + c, STRIDE, count, sums + i, a.d, rows, registers<w>(own + i, a.d),
@@ -512,7 +562,7 @@ static void read(const Call &a, const float *queries, const float *kept, const b
         const int64_t part = item / spans, span = item % spans, start = panels * span / spans * PANEL;
         const int64_t stop = span == spans - 1 ? a.m : panels * (span + 1) / spans * PANEL;
         thread_local std::vector<Floats> scores;
-        scores.resize((MANY * (STRIDE + a.d) + BLOCK * a.d + LANES - 1) / LANES);
+        scores.resize((MANY * (STRIDE + 2 * a.d) + (BLOCK + TILE) * a.d) / LANES + 1);
         for (int64_t row = share * part, end = std::min(row + share, all); row < end;) {
             const int64_t head = row / own, count = std::min({MANY, end - row, (head + 1) * own - row}),
                           at = span * all + row;
@@ -523,8 +573,10 @@ static void read(const Call &a, const float *queries, const float *kept, const b
                 out[r] = weights ? found + (at + r) * a.d : place(row + r);
             }
             const float *keys = kept + head * a.capacity * a.d, *values = keys + a.k * a.capacity * a.d;
-            attend(a, count, tokens, queries + row * a.d, mask, keys, values, start, stop, out,
-                   weights ? weights + 2 * at : nullptr, (float *)scores.data());
+            // of other sizes pairs would end within a register
+            (a.narrow && a.d % BLOCK == 0 ? attend<true> : attend<false>)(
+                a, count, tokens, queries + row * a.d, mask, keys, values, start, stop, out,
+                weights ? weights + 2 * at : nullptr, (float *)scores.data());
             row += count;
         }
     }

@@ -27,7 +27,7 @@ from model import KVCache, Linear, _Decoder
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # aligned: where a loop begins decides on a twelfth of its speed
-FLAGS = "-O3 -march=native -falign-loops=64 -std=c++17 -fopenmp -shared -fPIC".split()
+FLAGS = "-O3 -march=native -fno-strict-aliasing -falign-loops=64 -std=c++17 -fopenmp -shared -fPIC".split()
 NUMBER, POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -177,7 +177,8 @@ class Layers:
     def fit(self, x: Tensor, mask: Tensor | list | None, cache: KVCache) -> bool:
         """Whether a forward of x [b, n, H] can be run so."""
         return (x.dtype in self.dtypes and x.shape[0] == 1 and type(cache) is KVCache
-                and cache.rows.dtype == torch.float32 and cache.length + x.shape[1] <= cache.capacity and (mask is None or mask.dim() == 2))
+                and cache.rows.dtype == torch.float32 and cache.length + x.shape[1] <= cache.capacity
+                and (mask is None or mask.dim() == 2))
 
     def call(self, x: Tensor, cache: KVCache, w: int = 0, causal: bool = False, first: int = 0, taps: int = 0) -> Call:
         n = x.shape[1]
@@ -202,7 +203,7 @@ class Layers:
         first, w = n - 1 if alone else 0, 0 if mask is None else mask.shape[1]
         call, dtype = self.call(x, cache, w, causal, first, len(taps)), x.dtype
         x, positions = x.float().contiguous(), positions.contiguous()
-        mask, given = mask if mask is None else mask.contiguous(), given if given is None else given.float().contiguous()
+        mask, given = mask if mask is None else mask.contiguous(), given if given is None else given.to(x).contiguous()
         out, normed, features = (torch.empty_like(x), x.new_empty(1, n - first, size),
                                  x.new_empty(1, n, len(taps) * size) if taps else None)
         tensors = x, given, positions, self.inverse, self.norm, cache.rows, mask, None, features, out, normed

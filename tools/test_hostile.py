@@ -408,6 +408,32 @@ def test_flags_reach_what_they_are_for(command, folder, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out").read_text())["methods"]["ar"]["tokens"] == 2 * len(prompts)
 
 
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_unless_named_precision_is_what_machine_and_model_allow(multiplies, folder, monkeypatch):
+    """Mixed where bfloat16 is multiplied and layers are compiled, but for a mixture of experts."""
+    class Loaded(Exception):
+        pass
+
+    def load(*_, dtype, mixed, products, **rest):
+        raise Loaded(dtype, mixed, bool(products))
+
+    monkeypatch.setattr(run, "load_model", load)
+    monkeypatch.setattr(run, "multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setattr(run.torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(run, "products", lambda: len)
+    narrow, wide = (torch.bfloat16, False, False), (torch.float32, False, False)
+    mixed, compiled = (torch.bfloat16, True, True), (torch.float32, False, True)
+    for compiler, dense, more, chosen in ((True, True, (), mixed if multiplies else compiled),
+                                          (True, False, (), narrow if multiplies else compiled),
+                                          (True, True, ("--no-compile",), narrow if multiplies else wide),
+                                          (False, True, (), narrow if multiplies else wide)):
+        monkeypatch.setattr(run.shutil, "which", lambda _: compiler or None)
+        monkeypatch.setattr(run, "mixes", lambda *_: dense)
+        with pytest.raises(Loaded) as loaded:
+            run.set_up(run.parse(["x", "--model", str(folder), "--device", "cpu", *more]))
+        assert loaded.value.args == chosen
+
+
 def test_a_conversation_is_remembered_until_it_is_reset(command, monkeypatch):
     asked, answer, lines = [], run.answer, iter(["one", "two", "/reset", "three", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
