@@ -554,7 +554,7 @@ class Linear(Part):
     twice as fast at n = 1, and nearly as fast at n = 8 as at n = 1; in float32 FBGEMM's where float16 holds the matrix,
     which is half as much to read, and gives a row the same numbers however many there are; else oneDNN's too. Mixed:
     both, and x's dtype decides. `blocks` of tools/kernels.py take FBGEMM's place where bfloat16 holds the matrix, and
-    give the same numbers in half the time."""
+    give the same numbers in half the time; also oneDNN's, where they are `narrow`."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -1164,11 +1164,12 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, devic
                pack: bool = True, mixed: bool = False, products: Callable | None = None) -> Model:
     """Load a target from a local folder holding config.json and safetensors.
 
-    pack: prepack its matrices, on a CPU. mixed: do so twice, for a dense model in bfloat16 on an x86 CPU, so that
-    prompts run in bfloat16 and all else, caches too, in float32: a small model decodes faster, and as exactly as in
-    float32. products: what makes compiled products of matrices (`products` in tools/kernels.py) for float32 and mixed
-    precision; what drafts for the model takes it over. Raises ValueError where it cannot be mixed, CheckpointError on
-    an unknown architecture or field and on any missing, extra or misshapen tensor.
+    pack: prepack its matrices, on a CPU. mixed: for a dense model in bfloat16 on an x86 CPU, so that prompts run in
+    bfloat16 and all else, caches too, in float32: a small model decodes faster, and as exactly as in float32; without
+    products its matrices are packed twice. products: what makes compiled products of matrices (`products` in
+    tools/kernels.py) for float32 and mixed precision; what drafts for the model takes it over. Raises ValueError where
+    it cannot be mixed, CheckpointError on an unknown architecture or field and on any missing, extra or misshapen
+    tensor.
     """
     folder = Path(folder)
     if torch.device(device).type == "cuda":

@@ -1,5 +1,6 @@
-// What run.py runs on a CPU in float32, and with --compile: products with matrices W that bfloat16 holds, and with them
-// all layers of a decoder for tokens of one text. tools/kernels.py calls it through ctypes.
+// What run.py runs on a CPU in float32 and mixed precision: products with matrices W that bfloat16 holds, and with them
+// all layers of a decoder for tokens of one text. tools/kernels.py calls it through ctypes. What holds an `omp for` is
+// called by all threads, which share its work and go on together.
 
 #include <algorithm>
 #include <cmath>
@@ -181,9 +182,9 @@ extern "C" int64_t pack(const float *matrix, uint32_t *w, int64_t outputs, int64
 // block, memory would rest in the second: in each, half of the next block is asked for, a little with each weight (a
 // block is large: all at once, as `blocks` asks for what is wanted soon, was slower).
 template <int TURNS>
-static void multiply(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs,
-                     int64_t threads) {
-    #pragma omp parallel for schedule(guided) num_threads(threads)
+static void multiply_wide(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs,
+                          int64_t outputs) {
+    #pragma omp for schedule(guided)
     for (int64_t o = 0; o < outputs; o += BLOCK)
         for (int64_t turn = 0; turn < TURNS; turn++) {
             const uint32_t *own = w + o / 2 * inputs;
@@ -230,16 +231,13 @@ static void round(const float *x, uint32_t *to, int64_t count) {
     std::memcpy(to + i / 2, &some, (count - i) * sizeof(uint16_t));
 }
 
-// `multiply` for x in bfloat16; the sums are float32's.
+// The same for x in bfloat16, which is rounded into `pairs`; the sums are float32's.
 static void multiply_narrow(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs,
-                            int64_t threads) {
-    thread_local std::vector<uint32_t> room;
-    room.resize(std::max<size_t>(room.size(), rows * inputs / 2));
-    uint32_t *const pairs = room.data();
-    #pragma omp parallel for num_threads(threads) if (rows * inputs >= MUCH)
+                            uint32_t *pairs) {
+    #pragma omp for
     for (int64_t row = 0; row < rows; row++)
         round(x + row * inputs, pairs + row * inputs / 2, inputs);
-    #pragma omp parallel for schedule(guided) num_threads(threads)
+    #pragma omp for schedule(guided)
     for (int64_t o = 0; o < outputs; o += BLOCK) {
         const uint32_t *own = w + o / 2 * inputs;
         blocks<false>(pairs, inputs / 2, inputs / 2, y + o, outputs, rows, [own](int64_t k, Words *some) {
@@ -253,12 +251,22 @@ static void multiply_narrow(const uint32_t *w, const float *x, float *y, int64_t
     }
 }
 
-// narrow: x is rounded to bfloat16 first.
+// pairs: room for x in bfloat16; null: in float32.
+static void multiply(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs,
+                     uint32_t *pairs) {
+    if (pairs)
+        multiply_narrow(w, x, y, rows, inputs, outputs, pairs);
+    else if (rows > ROWS && rows <= 2 * ROWS)
+        multiply_wide<2>(w, x, y, rows, inputs, outputs);
+    else  // with more rows arithmetic is the limit
+        multiply_wide<1>(w, x, y, rows, inputs, outputs);
+}
+
 extern "C" void product(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs,
                         int64_t threads, int64_t narrow) {
-    // with more rows arithmetic is the limit
-    const auto run = narrow ? multiply_narrow : rows > ROWS && rows <= 2 * ROWS ? multiply<2> : multiply<1>;
-    run(w, x, y, rows, inputs, outputs, threads);
+    std::vector<uint32_t> pairs(narrow ? rows * inputs / 2 + 1 : 0);
+    #pragma omp parallel num_threads(threads)
+    multiply(w, x, y, rows, inputs, outputs, narrow ? pairs.data() : nullptr);
 }
 
 // ---------------------------------------------------------------------------------------------------- small operations
@@ -302,9 +310,9 @@ static void norm(const float *from, const float *weight, float eps, float *to, i
 }
 
 // x [n][size] grows by what is added; `to` is its norm.
-static void add_norm(float *x, const float *added, const float *weight, float eps, float *to, int64_t n, int64_t size,
-                     int64_t threads) {
-    #pragma omp parallel for num_threads(threads) if (n * size >= MUCH)
+static void add_norm(float *x, const float *added, const float *weight, float eps, float *to, int64_t n,
+                     int64_t size) {
+    #pragma omp for
     for (int64_t row = 0; row < n; row++) {
         #pragma omp simd
         for (int64_t i = row * size; i < (row + 1) * size; i++)
@@ -314,8 +322,8 @@ static void add_norm(float *x, const float *added, const float *weight, float ep
 }
 
 // SwiGLU's middle: rows [n][2 size] of a gate and what it lets through -> [n][size]; size is a multiple of LANES.
-static void gate(const float *rows, float *to, int64_t n, int64_t size, int64_t threads) {
-    #pragma omp parallel for collapse(2) num_threads(threads) if (n * size >= MUCH)
+static void gate(const float *rows, float *to, int64_t n, int64_t size) {
+    #pragma omp for collapse(2)
     for (int64_t row = 0; row < n; row++)
         for (int64_t i = 0; i < size; i += LANES) {
             const Floats x = load(rows + 2 * row * size + i), up = load(rows + (2 * row + 1) * size + i),
@@ -506,7 +514,7 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
 // Positions [n] times frequencies inverse [d / 2] -> cos and sin [n][d / 2].
 static void angles(const Call &a, const int64_t *positions, const float *inverse, float *cos, float *sin) {
     const int64_t half = a.d / 2;
-    #pragma omp parallel for num_threads(a.threads) if (a.n * a.d >= MUCH)
+    #pragma omp for
     for (int64_t t = 0; t < a.n; t++)
         for (int64_t i = 0; i < half; i++) {
             const float angle = positions[t] * inverse[i];
@@ -522,7 +530,7 @@ static void turn(const Call &a, const float *rows, const float *cos, const float
                  const float *key_norm, int64_t first, float *queries, float *kept) {
     const int64_t heads = a.h + 2 * a.k, group = a.h / a.k, half = a.d / 2;
     const float scale = 1 / std::sqrt((float)a.d);
-    #pragma omp parallel for collapse(2) num_threads(a.threads) if (a.n * heads * a.d >= MUCH)
+    #pragma omp for collapse(2)
     for (int64_t head = 0; head < heads; head++)
         for (int64_t t = 0; t < a.n; t++) {
             const bool asks = head < a.h;
@@ -551,20 +559,23 @@ static void turn(const Call &a, const float *rows, const float *cos, const float
 // Attention of queries [k][n - first][h / k][d], under mask [n][w] -> to [n - first][h d]. Threads share the rows,
 // or, of few rows and many columns, the columns in spans, so that none is read twice; what a row finds in its spans
 // is weighed then.
-static void read(const Call &a, const float *queries, const float *kept, const bool *mask, int64_t first, float *to) {
+static void read(const Call &a, const float *queries, const float *kept, const bool *mask, int64_t first, float *to,
+                 std::vector<float> &room) {
     const int64_t group = a.h / a.k, own = group * (a.n - first), all = a.k * own, panels = a.m / PANEL;
     const int64_t even = a.threads / std::gcd(a.k, a.threads);    // spans of each head that give all threads as much
     const bool whole = own <= MANY && (even == 1 || panels > 1);  // a head's rows stay together
     const int64_t spans = whole ? std::min(even, std::max<int64_t>(panels, 1)) : 1;
     const int64_t share = whole ? own : std::min(MANY, (all + a.threads - 1) / a.threads),
                   parts = (all + share - 1) / share;
-    thread_local std::vector<float> room;
-    room.resize(spans > 1 ? spans * all * (a.d + 2) : 0);
+    if (spans > 1) {
+        #pragma omp single
+        room.resize(std::max<size_t>(room.size(), spans * all * (a.d + 2)));
+    }
     float *const found = room.data(), *const weights = spans > 1 ? found + spans * all * a.d : nullptr;
     const auto place = [&](int64_t row) {
         return to + ((row % own / group) * a.h + row / own * group + row % group) * a.d;
     };
-    #pragma omp parallel for schedule(dynamic) num_threads(a.threads)
+    #pragma omp for schedule(dynamic)
     for (int64_t item = parts * spans - 1; item >= 0; item--) {               // of a prompt those first that see most
         const int64_t part = item / spans, span = item % spans, start = panels * span / spans * PANEL;
         const int64_t stop = span == spans - 1 ? a.m : panels * (span + 1) / spans * PANEL;
@@ -589,7 +600,7 @@ static void read(const Call &a, const float *queries, const float *kept, const b
     }
     if (!weights)
         return;
-    #pragma omp parallel for num_threads(a.threads) if (all * a.d >= MUCH)
+    #pragma omp for
     for (int64_t row = 0; row < all; row++) {
         float highest = std::numeric_limits<float>::lowest(), by = 0, *out = place(row);
         for (int64_t span = 0; span < spans; span++)
@@ -620,62 +631,77 @@ struct Layer {
 // layer, an EAGLE-3 head's, reads its norm beside x's, instead of x's alone. inverse [d / 2]: frequencies.
 // cache [layers][2k][capacity][d]. taps: the layers whose outputs are wanted, -1 being x -> features [n][taps][hidden].
 // An MLP's result is added where the next norm is taken.
-extern "C" void layers(const Call *call, const Layer *layer, const float *x, const float *given,
+extern "C" void layers(const Call *call, const Layer *weights, const float *x, const float *given,
                        const int64_t *positions, const float *inverse, const float *last_norm, float *cache,
                        const bool *mask, const int64_t *taps, float *features, float *to, float *normed) {
     const Call &a = *call;
     const int64_t wide = std::max((a.h + 2 * a.k) * a.d, 2 * a.middle), narrow = std::max(a.h * a.d, a.middle),
                   half = a.d / 2, size = a.n * a.hidden;
-    thread_local std::vector<float> room;  // asking the system for it each time would cost fresh pages
-    room.resize(std::max<size_t>(room.size(), a.n * (wide + narrow + a.inputs + a.hidden + a.h * a.d + a.d)));
+    thread_local std::vector<float> room, more;  // asking the system for it each time would cost fresh pages
+    room.resize(std::max<size_t>(room.size(), a.n * (wide + 2 * narrow + 2 * a.inputs + a.hidden + a.h * a.d + a.d)));
+    std::vector<float> &found = more;            // the threads' own would be others
     float *rows = room.data(), *middle = rows + a.n * wide, *own = middle + a.n * narrow,
           *added = own + a.n * a.inputs, *queries = added + size,
           *cos = queries + a.n * a.h * a.d, *sin = cos + a.n * half;
-    angles(a, positions, inverse, cos, sin);
+    uint32_t *pairs = a.narrow ? (uint32_t *)(sin + a.n * half) : nullptr;
     const auto tell = [&](int64_t of) {
         for (int64_t tap = 0; tap < a.taps; tap++)
-            for (int64_t t = 0; taps[tap] == of && t < a.n; t++)
-                for (int64_t i = 0; i < a.hidden; i++)
-                    features[(t * a.taps + tap) * a.hidden + i] = to[t * a.hidden + i] + added[t * a.hidden + i];
+            if (taps[tap] == of) {
+                #pragma omp for
+                for (int64_t t = 0; t < a.n; t++)
+                    for (int64_t i = 0; i < a.hidden; i++)
+                        features[(t * a.taps + tap) * a.hidden + i] = to[t * a.hidden + i] + added[t * a.hidden + i];
+            }
     };
     std::copy_n(x, size, to);
     std::fill_n(added, size, 0.0f);
-    tell(-1);
-    for (int64_t l = 0; l < a.layers; l++, layer++) {
-        float *kept = cache + layer->index * 2 * a.k * a.capacity * a.d;
-        const int64_t first = l == a.layers - 1 ? a.first : 0, n = a.n - first;
-        float *wanted = to + first * a.hidden;
-        if (given && !l)
-            for (int64_t t = 0; t < a.n; t++) {
-                norm(given + t * a.hidden, layer->input_norm, a.eps, own + t * a.inputs, a.hidden);
-                norm(x + t * a.hidden, layer->hidden_norm, a.eps, own + t * a.inputs + a.hidden, a.hidden);
-            }
-        else
-            add_norm(to, added, layer->input_norm, a.eps, own, a.n, a.hidden, a.threads);
-        product(layer->qkv, own, rows, a.n, l ? a.hidden : a.inputs, (a.h + 2 * a.k) * a.d, a.threads, a.narrow);
-        turn(a, rows, cos, sin, layer->query_norm, layer->key_norm, first, queries, kept);
-        read(a, queries, kept, mask, first, middle);
-        product(layer->o, middle, added, n, a.h * a.d, a.hidden, a.threads, a.narrow);
-        add_norm(wanted, added, layer->attention_norm, a.eps, own, n, a.hidden, a.threads);
-        product(layer->gate_up, own, rows, n, a.hidden, 2 * a.middle, a.threads, a.narrow);
-        gate(rows, middle, n, a.middle, a.threads);
-        product(layer->down, middle, added, n, a.middle, a.hidden, a.threads, a.narrow);
-        tell(layer->index);
+    #pragma omp parallel num_threads(a.threads)
+    {
+        angles(a, positions, inverse, cos, sin);
+        tell(-1);
+        for (int64_t l = 0; l < a.layers; l++) {
+            const Layer &layer = weights[l];
+            float *kept = cache + layer.index * 2 * a.k * a.capacity * a.d;
+            const int64_t first = l == a.layers - 1 ? a.first : 0, n = a.n - first;
+            float *wanted = to + first * a.hidden;
+            if (given && !l) {
+                #pragma omp for
+                for (int64_t t = 0; t < a.n; t++) {
+                    norm(given + t * a.hidden, layer.input_norm, a.eps, own + t * a.inputs, a.hidden);
+                    norm(x + t * a.hidden, layer.hidden_norm, a.eps, own + t * a.inputs + a.hidden, a.hidden);
+                }
+            } else
+                add_norm(to, added, layer.input_norm, a.eps, own, a.n, a.hidden);
+            multiply(layer.qkv, own, rows, a.n, l ? a.hidden : a.inputs, (a.h + 2 * a.k) * a.d, pairs);
+            turn(a, rows, cos, sin, layer.query_norm, layer.key_norm, first, queries, kept);
+            read(a, queries, kept, mask, first, middle, found);
+            multiply(layer.o, middle, added, n, a.h * a.d, a.hidden, pairs);
+            add_norm(wanted, added, layer.attention_norm, a.eps, own, n, a.hidden);
+            multiply(layer.gate_up, own, rows, n, a.hidden, 2 * a.middle, pairs);
+            gate(rows, middle, n, a.middle);
+            multiply(layer.down, middle, added, n, a.middle, a.hidden, pairs);
+            tell(layer.index);
+        }
+        add_norm(to + a.first * a.hidden, added, last_norm, a.eps, normed, a.n - a.first, a.hidden);
     }
-    add_norm(to + a.first * a.hidden, added, last_norm, a.eps, normed, a.n - a.first, a.hidden, a.threads);
 }
 
 // The keys and values alone that x [n][inputs] makes in each layer.
-extern "C" void context(const Call *call, const Layer *layer, const float *x, const int64_t *positions,
+extern "C" void context(const Call *call, const Layer *weights, const float *x, const int64_t *positions,
                         const float *inverse, float *cache) {
     const Call &a = *call;
     const int64_t wide = (a.h + 2 * a.k) * a.d;
-    std::vector<float> room(a.n * (wide + a.d));
+    std::vector<float> room(a.n * (wide + a.d + a.inputs));
     float *rows = room.data(), *cos = rows + a.n * wide, *sin = cos + a.n * a.d / 2;
-    angles(a, positions, inverse, cos, sin);
-    for (int64_t l = 0; l < a.layers; l++, layer++) {
-        float *kept = cache + layer->index * 2 * a.k * a.capacity * a.d;
-        product(layer->qkv, x, rows, a.n, a.inputs, wide, a.threads, a.narrow);
-        turn(a, rows, cos, sin, layer->query_norm, layer->key_norm, a.n, rows, kept);  // no token's queries are wanted
+    uint32_t *pairs = a.narrow ? (uint32_t *)(sin + a.n * a.d / 2) : nullptr;
+    #pragma omp parallel num_threads(a.threads)
+    {
+        angles(a, positions, inverse, cos, sin);
+        for (int64_t l = 0; l < a.layers; l++) {
+            float *kept = cache + weights[l].index * 2 * a.k * a.capacity * a.d;
+            multiply(weights[l].qkv, x, rows, a.n, a.inputs, wide, pairs);
+            // no token's queries are wanted
+            turn(a, rows, cos, sin, weights[l].query_norm, weights[l].key_norm, a.n, rows, kept);
+        }
     }
 }
