@@ -933,7 +933,7 @@ class Model(_Decoder):
         final = len(self.layers) - 1
         alone = last_only and mask is None and final not in taps  # only the last token goes through the last layer
         if self.kernels and self.kernels.fit(x, mask, cache):
-            _, normed, features = self.kernels(x, positions, mask, cache, taps, causal=mask is None, alone=alone)
+            _, normed, features = self.kernels(x, positions, mask, cache, taps, causal=True, alone=alone)
         else:
             tapped = {-1: x}
             mask = fused(_Decoder.group, cache)(self, mask, tokens.shape[1], cache, x.dtype)
@@ -987,7 +987,7 @@ class Eagle3(_Decoder):
             mask: Tensor | None, last_only: bool) -> tuple[Tensor, Tensor]:
         x, alone = self.embed_tokens(tokens).to(hidden.dtype), last_only and mask is None
         if self.kernels and self.kernels.fit(hidden, mask, cache):
-            hidden, normed, _ = self.kernels(hidden, positions, mask, cache, causal=mask is None, alone=alone, given=x)
+            hidden, normed, _ = self.kernels(hidden, positions, mask, cache, causal=True, alone=alone, given=x)
         else:
             x = torch.cat((self.input_layernorm(x), self.hidden_norm(hidden)), dim=-1)                      # [b, n, 2H]
             mask = None if alone else self.group(mask, tokens.shape[1], cache, x.dtype)

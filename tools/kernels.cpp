@@ -386,12 +386,19 @@ extern "C" void top(const float *x, int64_t n, int64_t size, int64_t count, int6
 // For some rows of queries and some columns at a time, whose scores stay near, with the softmax of Milakov and
 // Gimelshein (arXiv 1805.02867): what was summed so far is scaled down where a larger score is met.
 
+struct Text {
+    // tokens; columns, their own n among them; the last w of them have a mask [n][w]; whether a token sees none behind
+    // it; rows of the cache
+    int64_t n, m, w, causal, capacity;
+    float *cache;  // [layers][2k][capacity][d]
+    const bool *mask;
+};
+
 struct Call {
-    // tokens; columns, their own n among them; the last w of them have a mask; whether a token sees none behind it;
-    // whose results are wanted
-    int64_t n, m, w, causal, first;
-    // heads; head size; rows of the cache
-    int64_t h, k, d, capacity, threads;
+    // tokens, of all texts one after the other; from which on results are wanted, where there is one; texts
+    int64_t n, first, texts;
+    // heads; head size
+    int64_t h, k, d, threads;
     // and the sizes of what the first layer reads, of a hidden state and of an MLP's middle; layers to tell of
     int64_t layers, inputs, hidden, middle, taps;
     int64_t narrow;  // whether products take their inputs in bfloat16
@@ -426,7 +433,7 @@ static float soften(float *scores, int64_t count, float &highest) {
 // [d][BLOCK], sums of values, [rows][d], and, NARROW, what is rounded of queries, [rows][d / 2], and of some keys or
 // pairs of values, [TILE / 2][d].
 template <bool NARROW>
-static void attend(const Call &a, int64_t rows, const int64_t *tokens, const float *queries, const bool *mask,
+static void attend(const Call &a, const Text &text, int64_t rows, const int64_t *tokens, const float *queries,
                    const float *keys, const float *values, int64_t start, int64_t stop, float *const *to,
                    float *weights, float *scores) {
     float highest[MANY], by[MANY], *turned = scores + rows * STRIDE, *sums = turned + a.d * BLOCK;
@@ -435,7 +442,7 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
         round(queries, asked, rows * a.d);
     int64_t seen[MANY], most = 0;                                             // columns: of a row, of all
     for (int64_t r = 0; r < rows; r++) {
-        most = std::max(most, seen[r] = a.causal ? a.m - a.n + tokens[r] + 1 : a.m);
+        most = std::max(most, seen[r] = text.causal ? text.m - text.n + tokens[r] + 1 : text.m);
         highest[r] = std::numeric_limits<float>::lowest();
         by[r] = 0;
     }
@@ -443,7 +450,7 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
     most = std::min(most, stop);
     for (int64_t begin = start; begin < most; begin += PANEL) {
         const int64_t width = std::min(PANEL, most - begin), whole = (width + BLOCK - 1) / BLOCK * BLOCK,
-                      masked = a.m - a.w - begin;
+                      masked = text.m - text.w - begin;
         for (int64_t c = 0; c < width; c += BLOCK) {
             const auto score = [&](auto *x, const float *own, int64_t size) {
                 transpose(own, width - c, size, turned);
@@ -460,8 +467,8 @@ static void attend(const Call &a, int64_t rows, const int64_t *tokens, const flo
         for (int64_t r = 0; r < rows; r++) {
             float *own = scores + r * STRIDE;
             std::fill(own + std::clamp<int64_t>(seen[r] - begin, 0, width), own + whole, -INFINITY);
-            for (int64_t c = std::max<int64_t>(masked, 0); a.w && c < width; c++)
-                if (!mask[tokens[r] * a.w + c - masked])
+            for (int64_t c = std::max<int64_t>(masked, 0); text.w && c < width; c++)
+                if (!text.mask[tokens[r] * text.w + c - masked])
                     own[c] = -INFINITY;
             const float before = highest[r], added = soften(own, whole, highest[r]),
                         scale = std::exp(before - highest[r]);
@@ -525,19 +532,19 @@ static void angles(const Call &a, const int64_t *positions, const float *inverse
 
 // rows [n][(h + 2k) d] of queries, keys and values: norms of query and key heads, where there are weights, and rotation
 // by cos and sin [n][d / 2]. Keys and values go into the cache, kept [2k][capacity][d], behind m - n others; queries of
-// the tokens from `first` on, with attention's scale -> [k][n - first][h / k][d].
-static void turn(const Call &a, const float *rows, const float *cos, const float *sin, const float *query_norm,
-                 const float *key_norm, int64_t first, float *queries, float *kept) {
+// the tokens from `first` on, with attention's scale -> [k][n - first][h / k][d]. Nobody waits at its end.
+static void turn(const Call &a, const Text &text, const float *rows, const float *cos, const float *sin,
+                 const float *query_norm, const float *key_norm, int64_t first, float *queries, float *kept) {
     const int64_t heads = a.h + 2 * a.k, group = a.h / a.k, half = a.d / 2;
     const float scale = 1 / std::sqrt((float)a.d);
-    #pragma omp for collapse(2)
+    #pragma omp for collapse(2) nowait
     for (int64_t head = 0; head < heads; head++)
-        for (int64_t t = 0; t < a.n; t++) {
+        for (int64_t t = 0; t < text.n; t++) {
             const bool asks = head < a.h;
             const float *x = rows + (t * heads + head) * a.d, *weight = asks ? query_norm : key_norm,
                         *c = cos + t * half, *s = sin + t * half;
-            float *y = asks ? queries + ((head / group * (a.n - first) + t - first) * group + head % group) * a.d
-                            : kept + ((head - a.h) * a.capacity + a.m - a.n + t) * a.d;
+            float *y = asks ? queries + ((head / group * (text.n - first) + t - first) * group + head % group) * a.d
+                            : kept + ((head - a.h) * text.capacity + text.m - text.n + t) * a.d;
             if (head >= a.h + a.k)
                 std::memcpy(y, x, a.d * sizeof(float));
             else if (!asks || t >= first) {
@@ -556,12 +563,12 @@ static void turn(const Call &a, const float *rows, const float *cos, const float
         }
 }
 
-// Attention of queries [k][n - first][h / k][d], under mask [n][w] -> to [n - first][h d]. Threads share the rows,
+// Attention of queries [k][n - first][h / k][d], under its mask -> to [n - first][h d]. Threads share the rows,
 // or, of few rows and many columns, the columns in spans, so that none is read twice; what a row finds in its spans
-// is weighed then.
-static void read(const Call &a, const float *queries, const float *kept, const bool *mask, int64_t first, float *to,
+// is weighed then. Nobody waits at the end of the former.
+static void read(const Call &a, const Text &text, const float *queries, const float *kept, int64_t first, float *to,
                  std::vector<float> &room) {
-    const int64_t group = a.h / a.k, own = group * (a.n - first), all = a.k * own, panels = a.m / PANEL;
+    const int64_t group = a.h / a.k, own = group * (text.n - first), all = a.k * own, panels = text.m / PANEL;
     const int64_t even = a.threads / std::gcd(a.k, a.threads);    // spans of each head that give all threads as much
     const bool whole = own <= MANY && (even == 1 || panels > 1);  // a head's rows stay together
     const int64_t spans = whole ? std::min(even, std::max<int64_t>(panels, 1)) : 1;
@@ -575,10 +582,10 @@ static void read(const Call &a, const float *queries, const float *kept, const b
     const auto place = [&](int64_t row) {
         return to + ((row % own / group) * a.h + row / own * group + row % group) * a.d;
     };
-    #pragma omp for schedule(dynamic)
+    #pragma omp for schedule(dynamic) nowait
     for (int64_t item = parts * spans - 1; item >= 0; item--) {               // of a prompt those first that see most
         const int64_t part = item / spans, span = item % spans, start = panels * span / spans * PANEL;
-        const int64_t stop = span == spans - 1 ? a.m : panels * (span + 1) / spans * PANEL;
+        const int64_t stop = span == spans - 1 ? text.m : panels * (span + 1) / spans * PANEL;
         thread_local std::vector<Floats> scores;
         scores.resize((MANY * (STRIDE + 2 * a.d) + (BLOCK + TILE) * a.d) / LANES + 1);
         for (int64_t row = share * part, end = std::min(row + share, all); row < end;) {
@@ -590,16 +597,17 @@ static void read(const Call &a, const float *queries, const float *kept, const b
                 tokens[r] = first + (row + r) % own / group;
                 out[r] = weights ? found + (at + r) * a.d : place(row + r);
             }
-            const float *keys = kept + head * a.capacity * a.d, *values = keys + a.k * a.capacity * a.d;
+            const float *keys = kept + head * text.capacity * a.d, *values = keys + a.k * text.capacity * a.d;
             // of other sizes pairs would end within a register
             (a.narrow && a.d % BLOCK == 0 ? attend<true> : attend<false>)(
-                a, count, tokens, queries + row * a.d, mask, keys, values, start, stop, out,
+                a, text, count, tokens, queries + row * a.d, keys, values, start, stop, out,
                 weights ? weights + 2 * at : nullptr, (float *)scores.data());
             row += count;
         }
     }
     if (!weights)
         return;
+    #pragma omp barrier
     #pragma omp for
     for (int64_t row = 0; row < all; row++) {
         float highest = std::numeric_limits<float>::lowest(), by = 0, *out = place(row);
@@ -626,14 +634,19 @@ struct Layer {
     int64_t index;  // its number: where its part of the cache is
 };
 
+// A layer's part of a text's cache.
+static inline float *kept(const Call &a, const Text &text, const Layer &layer) {
+    return text.cache + layer.index * 2 * a.k * text.capacity * a.d;
+}
+
 // x [n][hidden] at these positions [n] through these layers -> to [n][hidden], and its last norm ->
 // normed [n - first][hidden]; the last layer gives what the tokens from `first` on need. given [n][hidden]: the first
-// layer, an EAGLE-3 head's, reads its norm beside x's, instead of x's alone. inverse [d / 2]: frequencies.
-// cache [layers][2k][capacity][d]. taps: the layers whose outputs are wanted, -1 being x -> features [n][taps][hidden].
-// An MLP's result is added where the next norm is taken.
-extern "C" void layers(const Call *call, const Layer *weights, const float *x, const float *given,
-                       const int64_t *positions, const float *inverse, const float *last_norm, float *cache,
-                       const bool *mask, const int64_t *taps, float *features, float *to, float *normed) {
+// layer, an EAGLE-3 head's, reads its norm beside x's, instead of x's alone. inverse [d / 2]: frequencies. taps: the
+// layers whose outputs are wanted, -1 being x -> features [n][taps][hidden]. An MLP's result is added where the next
+// norm is taken.
+extern "C" void layers(const Call *call, const Text *texts, const Layer *weights, const float *x, const float *given,
+                       const int64_t *positions, const float *inverse, const float *last_norm, const int64_t *taps,
+                       float *features, float *to, float *normed) {
     const Call &a = *call;
     const int64_t wide = std::max((a.h + 2 * a.k) * a.d, 2 * a.middle), narrow = std::max(a.h * a.d, a.middle),
                   half = a.d / 2, size = a.n * a.hidden;
@@ -661,7 +674,6 @@ extern "C" void layers(const Call *call, const Layer *weights, const float *x, c
         tell(-1);
         for (int64_t l = 0; l < a.layers; l++) {
             const Layer &layer = weights[l];
-            float *kept = cache + layer.index * 2 * a.k * a.capacity * a.d;
             const int64_t first = l == a.layers - 1 ? a.first : 0, n = a.n - first;
             float *wanted = to + first * a.hidden;
             if (given && !l) {
@@ -673,8 +685,14 @@ extern "C" void layers(const Call *call, const Layer *weights, const float *x, c
             } else
                 add_norm(to, added, layer.input_norm, a.eps, own, a.n, a.hidden);
             multiply(layer.qkv, own, rows, a.n, l ? a.hidden : a.inputs, (a.h + 2 * a.k) * a.d, pairs);
-            turn(a, rows, cos, sin, layer.query_norm, layer.key_norm, first, queries, kept);
-            read(a, queries, kept, mask, first, middle, found);
+            for (int64_t row = 0, t = 0; t < a.texts; row += texts[t++].n)
+                turn(a, texts[t], rows + row * (a.h + 2 * a.k) * a.d, cos + row * half, sin + row * half,
+                     layer.query_norm, layer.key_norm, first, queries + row * a.h * a.d, kept(a, texts[t], layer));
+            #pragma omp barrier
+            for (int64_t row = 0, t = 0; t < a.texts; row += texts[t++].n)
+                read(a, texts[t], queries + row * a.h * a.d, kept(a, texts[t], layer), first,
+                     middle + row * a.h * a.d, found);
+            #pragma omp barrier
             multiply(layer.o, middle, added, n, a.h * a.d, a.hidden, pairs);
             add_norm(wanted, added, layer.attention_norm, a.eps, own, n, a.hidden);
             multiply(layer.gate_up, own, rows, n, a.hidden, 2 * a.middle, pairs);
@@ -686,9 +704,9 @@ extern "C" void layers(const Call *call, const Layer *weights, const float *x, c
     }
 }
 
-// The keys and values alone that x [n][inputs] makes in each layer.
-extern "C" void context(const Call *call, const Layer *weights, const float *x, const int64_t *positions,
-                        const float *inverse, float *cache) {
+// The keys and values alone that x [n][inputs], of one text, makes in each layer.
+extern "C" void context(const Call *call, const Text *text, const Layer *weights, const float *x,
+                        const int64_t *positions, const float *inverse) {
     const Call &a = *call;
     const int64_t wide = (a.h + 2 * a.k) * a.d;
     std::vector<float> room(a.n * (wide + a.d + a.inputs));
@@ -698,10 +716,11 @@ extern "C" void context(const Call *call, const Layer *weights, const float *x, 
     {
         angles(a, positions, inverse, cos, sin);
         for (int64_t l = 0; l < a.layers; l++) {
-            float *kept = cache + weights[l].index * 2 * a.k * a.capacity * a.d;
             multiply(weights[l].qkv, x, rows, a.n, a.inputs, wide, pairs);
             // no token's queries are wanted
-            turn(a, rows, cos, sin, weights[l].query_norm, weights[l].key_norm, a.n, rows, kept);
+            turn(a, *text, rows, cos, sin, weights[l].query_norm, weights[l].key_norm, a.n, rows,
+                 kept(a, *text, weights[l]));
+            #pragma omp barrier
         }
     }
 }

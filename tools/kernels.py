@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from demo_model import cache_folder, filled
-from model import KVCache, Linear, _Decoder
+from model import KVCache, Linear, PackedCache, _Decoder
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # aligned: where a loop begins decides on a twelfth of its speed
@@ -33,8 +33,15 @@ NUMBER, POINTER = ctypes.c_int64, ctypes.c_void_p
 
 class Call(ctypes.Structure):
     _fields_ = [*((name, NUMBER) for name in
-                  "n m w causal first h k d capacity threads layers inputs hidden middle taps narrow".split()),
+                  "n first texts h k d threads layers inputs hidden middle taps narrow".split()),
                 *((name, ctypes.c_float) for name in ("eps", "factor"))]
+
+
+class Text(ctypes.Structure):
+    """Of a call."""
+
+    _fields_ = [*((name, NUMBER) for name in "n m w causal capacity".split()),
+                *((name, POINTER) for name in ("cache", "mask"))]
 
 
 class Weights(ctypes.Structure):
@@ -83,7 +90,7 @@ def _library(command: tuple[str, ...], kept: Path) -> ctypes.CDLL:
         code = ctypes.CDLL(str(folder / "kernels.so"))
         code.product.argtypes = [POINTER] * 3 + [NUMBER] * 5
         code.pack.argtypes = [POINTER] * 2 + [NUMBER] * 2
-        code.layers.argtypes = [POINTER] * 13
+        code.layers.argtypes = [POINTER] * 12
         code.context.argtypes = [POINTER] * 6
         code.top.argtypes = [POINTER] + [NUMBER] * 5 + [POINTER] * 2
     except (OSError, AttributeError) as error:
@@ -149,8 +156,8 @@ def matrices(layer: nn.Module) -> list[Linear]:
 
 
 class Layers:
-    """All layers of a dense network whose matrices are Blocks, or some of them, and its last norm, for tokens of one
-    text; or the one layer of an EAGLE-3 head."""
+    """All layers of a dense network whose matrices are Blocks, or some of them, and its last norm; or the one layer of
+    an EAGLE-3 head."""
 
     def __init__(self, network: _Decoder, layers: list[nn.Module]):
         config, code = network.config, library()
@@ -174,42 +181,52 @@ class Layers:
             for name, each in found.items():
                 setattr(weights, name, each.data_ptr())
 
-    def fit(self, x: Tensor, mask: Tensor | list | None, cache: KVCache) -> bool:
+    def fit(self, x: Tensor, mask: Tensor | list | None, cache: KVCache | PackedCache) -> bool:
         """Whether a forward of x [b, n, H] can be run so."""
-        return (x.dtype in self.dtypes and x.shape[0] == 1 and type(cache) is KVCache
-                and cache.rows.dtype == torch.float32 and cache.length + x.shape[1] <= cache.capacity
-                and (mask is None or mask.dim() == 2))
+        packed = type(cache) is PackedCache
+        texts = zip(cache.caches, cache.sizes, mask) if packed else [(cache, x.shape[1], mask)]
+        return x.dtype in self.dtypes and x.shape[0] == 1 and all(
+            type(own) is KVCache and own.rows.dtype == torch.float32 and own.length + n <= own.capacity
+            and (seen is None or seen.dim() == 2) for own, n, seen in texts)
 
-    def call(self, x: Tensor, cache: KVCache, w: int = 0, causal: bool = False, first: int = 0, taps: int = 0) -> Call:
-        n = x.shape[1]
-        return Call(n, cache.length + n, w, causal, first, *self.heads, cache.capacity, torch.get_num_threads(),
-                    *self.sizes, taps, x.dtype == torch.bfloat16, self.eps, self.factor)
+    def call(self, x: Tensor, cache: KVCache | PackedCache, mask: Tensor | list | None = None, causal: bool = False,
+             first: int = 0, taps: int = 0) -> tuple[Call, ctypes.Array, list]:
+        """What C is told, and what must live as long."""
+        n, packed = x.shape[1], type(cache) is PackedCache
+        caches, sizes, masks = (cache.caches, cache.sizes, mask) if packed else ([cache], [n], [mask])
+        masks = [own if own is None else own.contiguous() for own in masks]
+        texts = (Text * len(caches))(*(
+            (size, own.length + size, 0 if seen is None else seen.shape[1], causal and seen is None, own.capacity,
+             own.rows.data_ptr(), None if seen is None else seen.data_ptr())
+            for own, size, seen in zip(caches, sizes, masks)))
+        return Call(n, first, len(caches), *self.heads, torch.get_num_threads(), *self.sizes, taps,
+                    x.dtype == torch.bfloat16, self.eps, self.factor), texts, masks
 
     def read(self, x: Tensor, positions: Tensor, cache: KVCache) -> None:
         """Write the keys and values that x [1, n, inputs] makes in each layer, at positions [1, n], behind the
         committed ones."""
-        call, x, positions = self.call(x, cache), x.float().contiguous(), positions.contiguous()
-        self.read_only(ctypes.addressof(call), ctypes.addressof(self.weights),
-                       *(each.data_ptr() for each in (x, positions, self.inverse, cache.rows)))
+        (call, texts, _), x, positions = self.call(x, cache), x.float().contiguous(), positions.contiguous()
+        self.read_only(*map(ctypes.addressof, (call, texts, self.weights)),
+                       *(each.data_ptr() for each in (x, positions, self.inverse)))
 
-    def __call__(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache, taps: tuple[int, ...] = (),
-                 causal: bool = False, alone: bool = False,
+    def __call__(self, x: Tensor, positions: Tensor, mask: Tensor | list | None, cache: KVCache | PackedCache,
+                 taps: tuple[int, ...] = (), causal: bool = False, alone: bool = False,
                  given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """What comes out of the last layer [1, n, H], its norm, and features [1, n, len(taps) * H] as `Model.forward`
         returns them. positions [1, n]. mask: bool [n, w], True = attend, for the last w columns; None: all are attended
-        to, or with `causal` those up to each token's own. alone: the last layer gives what the last token needs,
-        [1, 1, H]. given: a head's embeddings [1, n, H]."""
+        to, or with `causal` those up to each token's own; a list of such masks with a PackedCache. alone: the last
+        layer gives what the last token needs, [1, 1, H]. given: a head's embeddings [1, n, H]."""
         _, n, size = x.shape
-        first, w = n - 1 if alone else 0, 0 if mask is None else mask.shape[1]
-        call, dtype = self.call(x, cache, w, causal, first, len(taps)), x.dtype
+        first, dtype = n - 1 if alone else 0, x.dtype
+        call, texts, masks = self.call(x, cache, mask, causal, first, len(taps))  # masks: alive as long as pointed to
         x, positions = x.float().contiguous(), positions.contiguous()
-        mask, given = mask if mask is None else mask.contiguous(), given if given is None else given.to(x).contiguous()
+        given = given if given is None else given.to(x).contiguous()
         out, normed, features = (torch.empty_like(x), x.new_empty(1, n - first, size),
                                  x.new_empty(1, n, len(taps) * size) if taps else None)
-        tensors = x, given, positions, self.inverse, self.norm, cache.rows, mask, None, features, out, normed
+        tensors = x, given, positions, self.inverse, self.norm, None, features, out, normed
         pointers = [each if each is None else each.data_ptr() for each in tensors]
-        pointers[7] = (NUMBER * len(taps))(*taps)
-        self.run(ctypes.addressof(call), ctypes.addressof(self.weights), *pointers)
+        pointers[5] = (NUMBER * len(taps))(*taps)
+        self.run(*map(ctypes.addressof, (call, texts, self.weights)), *pointers)
         return out[:, first:].to(dtype), normed, features if features is None else features.to(dtype)
 
     def top(self, logits: Tensor, k: int, logs: bool = False) -> tuple[Tensor, Tensor]:
