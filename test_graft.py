@@ -33,8 +33,8 @@ import train_eagle3  # so is this
 from graft import (CHUNK, METHODS, Beam, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, Stats,
                    draft_and_prune, generate, generate_batch, likeliest, measure_cost, prefill, retrieve, run_rounds,
                    truncate, verify_once)
-from model import (MLP, CheckpointError, Eagle3, KVCache, Linear, Model, ModelConfig, MoE, RMSNorm, attention,
-                   checkpoint_layout, half_scale, halves_work, load_eagle3, load_model, mixes, unstacked)
+from model import (MLP, CheckpointError, Eagle3, KVCache, Linear, Model, ModelConfig, MoE, PackedCache, RMSNorm,
+                   attention, checkpoint_layout, half_scale, halves_work, load_eagle3, load_model, mixes, unstacked)
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, template
 from tree import ADJACENCY, DRAFT, NGRAM, TARGET, Tree
 
@@ -210,6 +210,8 @@ def mixed_target(folder: Path, **changes) -> Path:
     return folder
 
 
+COMPILER = os.environ.get("CXX", "g++")
+needs_compiler = pytest.mark.skipif(not shutil.which(COMPILER), reason="no C++ compiler")
 needs_halves = pytest.mark.skipif(not mixes(MODEL.config, "cpu"), reason="no mixed precision on this CPU")
 
 
@@ -526,7 +528,8 @@ def test_training_time_test_is_the_chain_that_drafting_walks(tmp_path):
             assert (logits[1, i].log_softmax(-1) - expected).abs().max() < 1e-5   # its softmax is float32
 
 
-@pytest.mark.parametrize("prompts", ["written", "composed", "given", "cut"])
+@pytest.mark.parametrize("prompts", ["written", "composed", "given", "cut",
+                                     pytest.param("compiled", marks=needs_compiler)])
 def test_self_made_text_is_what_the_target_would_write(prompts, tmp_path):
     """Rows that begin anew at any step must not see what was there before: greedy answers are those of plain decoding,
     in turns as the template wants them, and features on disk are those that the target gives."""
@@ -535,7 +538,9 @@ def test_self_made_text_is_what_the_target_would_write(prompts, tmp_path):
         encode_control = staticmethod(lambda text: {"<": [1, 2], ">": [3, 4, 5]}[text])
         encode = staticmethod(lambda text: [6 + len(text) % 9, 7] if text else [])
 
-    model = tiny(eos_token_ids=(0,))
+    model = tiny(eos_token_ids=(0,), **(dict(hidden_size=64, intermediate_size=96) if prompts == "compiled" else {}))
+    if prompts == "compiled":
+        model, _ = in_c(model)
     args = argparse.Namespace(batch=5, length=48, seed=3, greedy_share=1.0, answer_length=12)
     taps, texts = train_eagle3.four_taps(model), []
     with torch.inference_mode():
@@ -549,6 +554,7 @@ def test_self_made_text_is_what_the_target_would_write(prompts, tmp_path):
         for step in range(400):
             writer.step()
             texts += writer.finished() if step % 4 == 3 else []
+    assert prompts != "compiled" or model.runs == [args.batch] * 400
     assert len(texts) > 20 and sum(int(tokens[-1] == 0) for tokens, *_ in texts) < len(texts)
     for tokens, start, _ in texts:
         tokens = tokens.tolist()
@@ -1683,8 +1689,6 @@ def test_bad_files_are_named(tmp_path):
 
 # --------------------------------------------------------------------------------------------- compiled, on a CPU
 
-COMPILER = os.environ.get("CXX", "g++")
-needs_compiler = pytest.mark.skipif(not shutil.which(COMPILER), reason="no C++ compiler")
 narrower = pytest.param(f"{COMPILER} -mno-avx512f",
                         marks=pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(),
                                                  reason="no AVX512 to leave out"))
@@ -1760,6 +1764,44 @@ def test_compiled_layers_are_the_layers(compiler, tmp_path_factory, monkeypatch)
             assert (found - right).abs().max() <= 1e-4 * right.abs().max()
         # nothing written behind
         assert torch.equal(caches[0].rows[:, :, :, length + n:].double(), caches[1].rows[:, :, :, length + n:])
+
+    check()
+
+
+@needs_compiler
+def test_compiled_texts_side_by_side_are_what_each_is_alone():
+    """Trees and single tokens, behind texts of their own lengths, also of several panels."""
+    @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 60) | st.integers(500, 1300), st.booleans()),
+                    min_size=2, max_size=5), st.sampled_from([(4, 2, 32), (3, 1, 64), (2, 2, 16)]), st.integers(1, 3),
+           st.integers(0, 2**31))
+    def check(texts, shape, threads, seed):
+        generator, before = torch.Generator().manual_seed(seed), torch.get_num_threads()
+        twin, _ = in_c(tiny(seed % 100, num_hidden_layers=3, hidden_size=64, intermediate_size=96, **dict(zip(
+            ("num_attention_heads", "num_key_value_heads", "head_dim"), shape))))
+        alone, packed, masks = [], [], []
+        for n, length, tree in texts:
+            cache = KVCache(twin.config, length + n + 3, torch.float32, "cpu")
+            cache.rows.copy_(torch.randn(cache.rows.shape, generator=generator))
+            cache.length = length
+            alone.append(cache)
+            packed.append(copy.deepcopy(cache))
+            masks.append(torch.rand(n, n, generator=generator).round().bool() | torch.eye(n, dtype=torch.bool)
+                         if tree else None)
+        sizes = [n for n, *_ in texts]
+        tokens = torch.randint(0, VOCAB, (1, sum(sizes)), generator=generator)
+        positions = torch.cat([length + torch.arange(n) for n, length, _ in texts])[None]
+        torch.set_num_threads(threads)
+        try:
+            with torch.inference_mode():
+                found = twin(tokens, positions, PackedCache(packed, sizes), masks, taps=(-1, 1))
+                wanted = [twin(*own, taps=(-1, 1)) for own in
+                          zip(tokens.split(sizes, dim=1), positions.split(sizes, dim=1), alone, masks)]
+        finally:
+            torch.set_num_threads(before)
+        assert twin.runs == [sum(sizes), *sizes]
+        for own, right in (*zip(found, (torch.cat(each, dim=1) for each in zip(*wanted))),
+                           *((a.rows, b.rows) for a, b in zip(packed, alone))):
+            torch.testing.assert_close(own, right, atol=1e-4, rtol=1e-4)
 
     check()
 

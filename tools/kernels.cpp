@@ -570,8 +570,9 @@ static void read(const Call &a, const Text &text, const float *queries, const fl
                  std::vector<float> &room) {
     const int64_t group = a.h / a.k, own = group * (text.n - first), all = a.k * own, panels = text.m / PANEL;
     const int64_t even = a.threads / std::gcd(a.k, a.threads);    // spans of each head that give all threads as much
-    const bool whole = own <= MANY && (even == 1 || panels > 1);  // a head's rows stay together
-    const int64_t spans = whole ? std::min(even, std::max<int64_t>(panels, 1)) : 1;
+    // a head's rows stay together
+    const bool whole = own <= MANY && (a.texts > 1 || even == 1 || panels > 1);
+    const int64_t spans = whole && a.texts == 1 ? std::min(even, std::max<int64_t>(panels, 1)) : 1;
     const int64_t share = whole ? own : std::min(MANY, (all + a.threads - 1) / a.threads),
                   parts = (all + share - 1) / share;
     if (spans > 1) {

@@ -40,8 +40,9 @@ TEXT = ROOT / "assets" / "smollm2-135m-text.safetensors"
 SHARD = 250      # conversations in each shard that is made from TEXT; the first shard is held out
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from demo_model import at_least, cache_folder, command_line, demo_model, tool  # noqa: E402
-from model import (Eagle3, KVCache, Model, NoCache, _stacked, default_taps, fetch_checkpoint, load_eagle3,  # noqa: E402
-                   load_model, unstacked)
+from kernels import kernels  # noqa: E402
+from model import (Eagle3, KVCache, Model, ModelConfig, NoCache, PackedCache, _stacked, default_taps,  # noqa: E402
+                   fetch_checkpoint, load_eagle3, load_model, mixes, unstacked)
 from retrieval import whole  # noqa: E402
 
 SHORT = [                                                                          # how a user's turn may begin
@@ -152,7 +153,9 @@ class Writer:
                       for tokens, start in stock if start <= most]
         self.model, self.args, self.taps, self.prompts, self.rng = model, args, taps, prompts, random.Random(args.seed)
         b, n, device = args.batch, args.length, model.device
-        self.cache = RingCache(model.config, n, model.dtype, device, b)
+        # a CPU's compiled layers take texts with a cache each
+        self.cache = (PackedCache([model.new_cache(n) for _ in range(b)], [1] * b) if model.kernels else
+                      RingCache(model.config, n, model.dtype, device, b))
         self.features = torch.zeros(b, n, len(taps) * model.config.hidden_size, dtype=torch.bfloat16, device=device)
         self.text = torch.zeros(b, n, dtype=torch.int64, device=device)
         zeros = lambda dtype=torch.int64: torch.zeros(b, dtype=dtype, device=device)
@@ -213,12 +216,17 @@ class Writer:
         n, rows, size = self.args.length, self.rows, self.size
         closing = torch.tensor(self.closing, device=size.device)
         read = self.text[rows, size]
-        mask = ((self.cache.slot - self.ages) % n)[None] <= size[:, None]                            # [b, n]
-        logits, tapped = self.model(read[:, None], size[:, None], self.cache, mask[:, None], taps=self.taps)
-        self.cache.slot = (self.cache.slot + 1) % n
+        if self.model.kernels:
+            for cache, length in zip(self.cache.caches, size.tolist()):
+                cache.length = length
+            logits, tapped = self.model(read[None], size[None], self.cache, [None] * len(rows), taps=self.taps)
+        else:
+            mask = ((self.cache.slot - self.ages) % n)[None] <= size[:, None]                        # [b, n]
+            logits, tapped = self.model(read[:, None], size[:, None], self.cache, mask[:, None], taps=self.taps)
+            self.cache.slot = (self.cache.slot + 1) % n
         if self.taps:
-            self.features[rows, size] = tapped[:, 0].to(torch.bfloat16)
-        logits, answering = logits[:, 0], self.answer_from > 0
+            self.features[rows, size] = tapped.flatten(0, 1).to(torch.bfloat16)
+        logits, answering = logits.flatten(0, 1), self.answer_from > 0
         drawn = logits.max(-1).indices
         heat = torch.where(answering, self.answer_heat, self.user_heat) * (size + 1 >= self.given)
         hot = heat.nonzero()[:, 0]                                             # noise is dear on a CPU: only where used
@@ -258,13 +266,14 @@ def generate(args) -> None:
         raise SystemExit(f"error: argument --length is {args.length}; expected at least 128")
     if args.cut and not args.prompts:
         raise SystemExit("error: argument --cut needs --prompts: it is their beginnings that the target writes on")
+    args.batch = args.batch or (64 if stores_features(args) else 256)
     folder, data = model_folder(args), data_folder(args)
     data.mkdir(parents=True, exist_ok=True)
     done = sorted(data.glob("shard-*.safetensors"))
     have = sum(shard_tokens(p) for p in done)
     number = int(done[-1].stem.split("-")[1]) + 1 if done else 0
     args.seed += number
-    model = load_model(folder, dtype=args.dtype, device=args.device, pack=False)
+    model = writing_model(folder, args)
     words = Text(folder)
     stock = [text for path in done[1:] for text in read_text(path)] if args.compose else []
     prompts = (given_prompts(args.prompts, words, args.length - 64, done,
@@ -287,6 +296,19 @@ def generate(args) -> None:
             have, made, number, kept = have + held, made + held, number + 1, []
             print(f"{path.name}: {have:,} of {args.tokens:,} tokens, {made / (time.time() - began):.0f} tokens/s",
                   flush=True)
+
+
+def writing_model(folder: Path, args) -> Model:
+    """A target to write with: on a CPU, where it can, in compiled layers, which texts side by side share."""
+    from run import choose_products
+    mixed, device = args.dtype == torch.bfloat16, torch.device(args.device)
+    compiled = choose_products(None, device) if not mixed or mixes(ModelConfig.read(folder), device) else None
+    if compiled:
+        model = load_model(folder, dtype=args.dtype, device=device, mixed=mixed, products=compiled)
+        model.kernels = kernels(model)
+        if model.kernels:
+            return model
+    return load_model(folder, dtype=args.dtype, device=device, pack=False)
 
 
 def stores_features(args) -> bool:
@@ -748,7 +770,7 @@ def main() -> None:
     make = commands.add_parser("generate", help="let the target write prompts and answers")
     make.add_argument("--tokens", type=int, default=4_000_000,
                       help="in all; on a CPU each takes 8 x hidden_size bytes of disk")
-    make.add_argument("--batch", type=int, default=256)
+    make.add_argument("--batch", type=int, help="conversations side by side (default: 256, on a CPU 64)")
     make.add_argument("--length", type=int, default=512, help="longest conversation, in tokens")
     make.add_argument("--answer-length", type=at_least(8), default=200)
     own = make.add_mutually_exclusive_group()
