@@ -1166,10 +1166,10 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, devic
 
     pack: prepack its matrices, on a CPU. mixed: for a dense model in bfloat16 on an x86 CPU, so that prompts run in
     bfloat16 and all else, caches too, in float32: a small model decodes faster, and as exactly as in float32; without
-    products its matrices are packed twice. products: what makes compiled products of matrices (`products` in
-    tools/kernels.py) for float32 and mixed precision; what drafts for the model takes it over. Raises ValueError where
-    it cannot be mixed, CheckpointError on an unknown architecture or field and on any missing, extra or misshapen
-    tensor.
+    products that take bfloat16 its matrices are packed twice. products: what makes compiled products of matrices
+    (`products` in tools/kernels.py) for float32 and mixed precision; what drafts for the model takes it over. Raises
+    ValueError where it cannot be mixed, CheckpointError on an unknown architecture or field and on any missing, extra
+    or misshapen tensor.
     """
     folder = Path(folder)
     if torch.device(device).type == "cuda":

@@ -948,7 +948,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
              "mixed, on a CPU: prompts in bfloat16, all else in float32, as exact and faster")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="decode faster: on a CPU run all layers in C++, which is compiled once in some seconds "
-             "(float32 and mixed precision; default: where there is a compiler); "
+             "(float32 and mixed precision; default: with AVX2 and AVX512, where there is a compiler); "
              "on a GPU fuse small operations, half a minute of every start (default: no)")
     add("--no-graphs", action="store_true", help="on a GPU, launch every kernel instead of replaying CUDA graphs")
     add("--max-new-tokens", type=int, default=128 if command in ("bench", "verify") else 512,

@@ -1,6 +1,6 @@
 // What run.py runs on a CPU in float32 and mixed precision: products with matrices W that bfloat16 holds, and with them
-// all layers of a decoder for tokens of one text. tools/kernels.py calls it through ctypes. What holds an `omp for` is
-// called by all threads, which share its work and go on together.
+// all layers of a decoder. tools/kernels.py calls it through ctypes. What holds an `omp for` is called by all threads,
+// which share its work and, unless it says otherwise, go on together.
 
 #include <algorithm>
 #include <cmath>
@@ -395,7 +395,7 @@ struct Text {
 };
 
 struct Call {
-    // tokens, of all texts one after the other; from which on results are wanted, where there is one; texts
+    // tokens, of all texts one after the other; from which of them on results are wanted (of several texts 0); texts
     int64_t n, first, texts;
     // heads; head size
     int64_t h, k, d, threads;
@@ -570,7 +570,7 @@ static void read(const Call &a, const Text &text, const float *queries, const fl
                  std::vector<float> &room) {
     const int64_t group = a.h / a.k, own = group * (text.n - first), all = a.k * own, panels = text.m / PANEL;
     const int64_t even = a.threads / std::gcd(a.k, a.threads);    // spans of each head that give all threads as much
-    // a head's rows stay together
+    // a head's rows stay together; of texts side by side no columns are shared, and nobody needs room
     const bool whole = own <= MANY && (a.texts > 1 || even == 1 || panels > 1);
     const int64_t spans = whole && a.texts == 1 ? std::min(even, std::max<int64_t>(panels, 1)) : 1;
     const int64_t share = whole ? own : std::min(MANY, (all + a.threads - 1) / a.threads),

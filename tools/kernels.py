@@ -1,5 +1,5 @@
-"""On a CPU, in float32 and mixed precision: matrix products, and all layers of a forward, in C++. `run.py` uses it in
-float32 where it can, and with --compile.
+"""On a CPU, in float32 and mixed precision: matrix products, and all layers of a forward, in C++. `run.py` uses it
+where it can.
 
 The products of a few rows with weights that come from memory take half as long as FBGEMM's. Between them a small
 model's step is thirty small operations a layer, and torch takes as long to dispatch one as to compute it; here one call

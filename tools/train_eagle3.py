@@ -308,6 +308,7 @@ def writing_model(folder: Path, args) -> Model:
         model.kernels = kernels(model)
         if model.kernels:
             return model
+        del model
     return load_model(folder, dtype=args.dtype, device=device, pack=False)
 
 
