@@ -1177,8 +1177,8 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, devic
         torch.backends.cuda.enable_cudnn_sdp(False)
     config = ModelConfig.read(folder)
     if mixed and not (pack and dtype == torch.bfloat16 and mixes(config, device)):
-        raise ValueError(f"{folder}: mixed precision takes a dense model, packed, on an x86 CPU that multiplies "
-                         "bfloat16; try bfloat16 or float32")
+        raise ValueError(f"{folder}: mixed precision takes a dense model in bfloat16, packed, on an x86 CPU that "
+                         "multiplies bfloat16; try bfloat16 or float32")
     tensors, experts = _Tensors(folder), len(config.moe_layers) * config.num_experts
     if config.num_hidden_layers + experts > len(tensors.shapes):     # found out before memory is spent on them
         raise CheckpointError(f"{folder / 'config.json'}: field 'num_hidden_layers' is {config.num_hidden_layers}, "

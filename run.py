@@ -945,7 +945,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", default="auto", choices=("auto", "mixed", "bfloat16", "float16", "float32", "float64"),
         help="auto: where bfloat16 is multiplied, bfloat16, or mixed with compiled layers; else float32. "
-             "mixed, on a CPU: prompts in bfloat16, all else in float32, as exact and faster")
+             "mixed, on a CPU: prompts in bfloat16, all else in float32; output is plain decoding's, as in float32")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="decode faster: on a CPU run all layers in C++, which is compiled once in some seconds "
              "(float32 and mixed precision; default: with AVX2 and AVX512, where there is a compiler); "

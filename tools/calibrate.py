@@ -334,14 +334,17 @@ def reliability(texts: list) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    (parser.add_argument("--model"), parser.add_argument("--draft"), parser.add_argument("--device"),
-     parser.add_argument("--out"))
-    parser.add_argument("--dtype", default="auto", choices=("auto", "mixed", "bfloat16", "float16", "float32"))
+    for name in ("--model", "--draft", "--device"):
+        parser.add_argument(name, help="as run.py's")
+    parser.add_argument("--out", help="file to write (default: the demo model's for this device, in assets/)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "mixed", "bfloat16", "float16", "float32"),
+                        help="as run.py's")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="as run.py's")
     parser.add_argument("--prompts", default=PROMPTS, metavar="FILE.jsonl", help="what the replayed texts answer")
-    parser.add_argument("--new-tokens", type=at_least(2), default=96)
+    parser.add_argument("--new-tokens", type=at_least(2), default=96, help="of each text (default: %(default)s)")
     parser.add_argument("--length", type=at_least(3), default=256, help="committed tokens when t(n) is measured")
-    parser.add_argument("--repeats", type=at_least(1), default=15)
+    parser.add_argument("--repeats", type=at_least(1), default=15,
+                        help="of each forward that is timed (default: %(default)s)")
     args = parser.parse_args()
     if args.draft and not (args.model or args.out):
         raise ValueError("--draft without --model needs --out: what is calibrated by default is for the shipped head")

@@ -647,7 +647,7 @@ def train(args) -> None:
             if updates % 20 == 0:
                 report_progress(seen, args.tokens, running, (seen - start_seen) / (time.time() - began))
             if updates % args.validate == 0 or seen >= args.tokens:
-                history.append({"tokens": seen, "texts": texts.tokens, "loss": round(running, 4),
+                history.append({"tokens": seen, "text_tokens": texts.tokens, "loss": round(running, 4),
                                 **validate(head, held, target, args)})
                 print(json.dumps(history[-1]), flush=True)
             if time.time() - saved_at > 300 or seen >= args.tokens:
