@@ -150,7 +150,10 @@ static inline void blocks(const X *x, int64_t apart, int64_t inputs, float *y, i
 // For `blocks`: W registers of each row of numbers, `apart` from each other.
 template <int W>
 static inline auto registers(const float *from, int64_t apart) {
-    return [from, apart](int64_t k, auto *some) { std::memcpy(some, from + k * apart, W * sizeof *some); };
+    return [from, apart](int64_t k, auto *some) {
+        for (int i = 0; i < W; i++)
+            std::memcpy(some + i, from + k * apart + i * LANES, sizeof *some);
+    };
 }
 
 extern "C" const int64_t block_size = BLOCK;
