@@ -409,7 +409,7 @@ def test_flags_reach_what_they_are_for(command, folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("multiplies", [False, True])
-def test_unless_named_precision_is_what_machine_and_model_allow(multiplies, folder, monkeypatch):
+def test_precision_is_as_named_or_what_machine_and_model_allow(multiplies, folder, monkeypatch):
     """Mixed where bfloat16 is multiplied and layers are compiled, but for a mixture of experts."""
     class Loaded(Exception):
         pass
@@ -426,7 +426,11 @@ def test_unless_named_precision_is_what_machine_and_model_allow(multiplies, fold
     for compiler, dense, more, chosen in ((True, True, (), mixed if multiplies else compiled),
                                           (True, False, (), narrow if multiplies else compiled),
                                           (True, True, ("--no-compile",), narrow if multiplies else wide),
-                                          (False, True, (), narrow if multiplies else wide)):
+                                          (False, True, (), narrow if multiplies else wide),
+                                          (True, True, ("--dtype", "bfloat16"), narrow),
+                                          (True, True, ("--dtype", "mixed"), mixed),
+                                          (True, True, ("--dtype", "float32"), compiled),
+                                          (True, True, ("--dtype", "float64"), (torch.float64, False, False))):
         monkeypatch.setattr(run.shutil, "which", lambda _: compiler or None)
         monkeypatch.setattr(run, "mixes", lambda *_: dense)
         with pytest.raises(Loaded) as loaded:
