@@ -484,20 +484,20 @@ static void attend(const Call &a, const Text &text, int64_t rows, const int64_t 
         for (int64_t c = 0; c < width; c += TILE) {
             const int64_t count = std::min(TILE, width - c);
             const float *own = values + (begin + c) * a.d;
-            int64_t i = 0;
-            if (NARROW) {
+            if (NARROW) {  // each word takes a value of two columns
                 for (int64_t k = 0; k < count; k += 2)
-                    for (i = 0; i < a.d; i += LANES) {
+                    for (int64_t i = 0; i < a.d; i += LANES) {
                         const Floats odd = k + 1 < count ? load(own + (k + 1) * a.d + i) : Floats{};
                         const Words both = joined(__builtin_convertvector(rounded(load(own + k * a.d + i)), Words),
                                                   __builtin_convertvector(rounded(odd), Words) << 16);
                         std::memcpy(pairs + k / 2 * a.d + i, &both, sizeof both);
                     }
-                for (i = 0; i < a.d; i += BLOCK)
+                for (int64_t i = 0; i < a.d; i += BLOCK)
                     blocks<true>((uint32_t *)scores + c / 2, STRIDE, (count + 1) / 2, sums + i, a.d, rows,
                                  registers<2>((float *)pairs + i, a.d));
                 continue;
             }
+            int64_t i = 0;
             const auto mix = [&](auto w) {
                 for (; i + w * LANES <= a.d; i += w * LANES)
                     blocks<true, w>(scores + c, STRIDE, count, sums + i, a.d, rows, registers<w>(own + i, a.d),
@@ -654,9 +654,9 @@ extern "C" void layers(const Call *call, const Text *texts, const Layer *weights
     const Call &a = *call;
     const int64_t wide = std::max((a.h + 2 * a.k) * a.d, 2 * a.middle), narrow = std::max(a.h * a.d, a.middle),
                   half = a.d / 2, size = a.n * a.hidden;
-    thread_local std::vector<float> room, more;  // asking the system for it each time would cost fresh pages
+    thread_local std::vector<float> room, spans;  // asking the system for it each time would cost fresh pages
     room.resize(std::max<size_t>(room.size(), a.n * (wide + 2 * narrow + 2 * a.inputs + a.hidden + a.h * a.d + a.d)));
-    std::vector<float> &found = more;            // the threads' own would be others
+    std::vector<float> &found = spans;  // named in the region, it would be each thread's own
     float *rows = room.data(), *middle = rows + a.n * wide, *own = middle + a.n * narrow,
           *added = own + a.n * a.inputs, *queries = added + size,
           *cos = queries + a.n * a.h * a.d, *sin = cos + a.n * half;
