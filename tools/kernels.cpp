@@ -652,12 +652,13 @@ extern "C" void layers(const Call *call, const Text *texts, const Layer *weights
                        const int64_t *positions, const float *inverse, const float *last_norm, const int64_t *taps,
                        float *features, float *to, float *normed) {
     const Call &a = *call;
-    const int64_t wide = std::max((a.h + 2 * a.k) * a.d, 2 * a.middle), narrow = std::max(a.h * a.d, a.middle),
-                  half = a.d / 2, size = a.n * a.hidden;
+    const int64_t wide = std::max((a.h + 2 * a.k) * a.d, 2 * a.middle), slim = std::max(a.h * a.d, a.middle),
+                  paired = a.narrow ? std::max(slim, a.inputs) / 2 : 0, half = a.d / 2, size = a.n * a.hidden;
     thread_local std::vector<float> room, spans;  // asking the system for it each time would cost fresh pages
-    room.resize(std::max<size_t>(room.size(), a.n * (wide + 2 * narrow + 2 * a.inputs + a.hidden + a.h * a.d + a.d)));
+    room.resize(std::max<size_t>(
+        room.size(), a.n * (wide + slim + a.inputs + a.hidden + a.h * a.d + a.d + paired)));
     std::vector<float> &found = spans;  // named in the region, it would be each thread's own
-    float *rows = room.data(), *middle = rows + a.n * wide, *own = middle + a.n * narrow,
+    float *rows = room.data(), *middle = rows + a.n * wide, *own = middle + a.n * slim,
           *added = own + a.n * a.inputs, *queries = added + size,
           *cos = queries + a.n * a.h * a.d, *sin = cos + a.n * half;
     uint32_t *pairs = a.narrow ? (uint32_t *)(sin + a.n * half) : nullptr;

@@ -183,24 +183,27 @@ class Layers:
 
     def fit(self, x: Tensor, mask: Tensor | list | None, cache: KVCache | PackedCache) -> bool:
         """Whether a forward of x [b, n, H] can be run so."""
-        packed = type(cache) is PackedCache
-        texts = zip(cache.caches, cache.sizes, mask) if packed else [(cache, x.shape[1], mask)]
         return x.dtype in self.dtypes and x.shape[0] == 1 and all(
             type(own) is KVCache and own.rows.dtype == torch.float32 and own.length + n <= own.capacity
-            and (seen is None or seen.dim() == 2) for own, n, seen in texts)
+            and (seen is None or seen.dim() == 2) for own, n, seen in self.texts(x, mask, cache))
+
+    @staticmethod
+    def texts(x: Tensor, mask: Tensor | list | None, cache: KVCache | PackedCache) -> list[tuple]:
+        """Of each text in x: its cache, number of tokens, and mask."""
+        if type(cache) is PackedCache:
+            return list(zip(cache.caches, cache.sizes, mask))
+        return [(cache, x.shape[1], mask)]
 
     def call(self, x: Tensor, cache: KVCache | PackedCache, mask: Tensor | list | None = None, causal: bool = False,
              first: int = 0, taps: int = 0) -> tuple[Call, ctypes.Array, list]:
         """What C is told, and what must live as long."""
-        n, packed = x.shape[1], type(cache) is PackedCache
-        caches, sizes, masks = (cache.caches, cache.sizes, mask) if packed else ([cache], [n], [mask])
-        masks = [own if own is None else own.contiguous() for own in masks]
-        texts = (Text * len(caches))(*(
-            (size, own.length + size, 0 if seen is None else seen.shape[1], causal and seen is None, own.capacity,
-             own.rows.data_ptr(), None if seen is None else seen.data_ptr())
-            for own, size, seen in zip(caches, sizes, masks)))
-        return Call(n, first, len(caches), *self.heads, torch.get_num_threads(), *self.sizes, taps,
-                    x.dtype == torch.bfloat16, self.eps, self.factor), texts, masks
+        texts = [(own, n, seen if seen is None else seen.contiguous()) for own, n, seen in self.texts(x, mask, cache)]
+        return (Call(x.shape[1], first, len(texts), *self.heads, torch.get_num_threads(), *self.sizes, taps,
+                     x.dtype == torch.bfloat16, self.eps, self.factor),
+                (Text * len(texts))(*(
+                    (n, own.length + n, 0 if seen is None else seen.shape[1], causal and seen is None, own.capacity,
+                     own.rows.data_ptr(), None if seen is None else seen.data_ptr()) for own, n, seen in texts)),
+                texts)
 
     def read(self, x: Tensor, positions: Tensor, cache: KVCache) -> None:
         """Write the keys and values that x [1, n, inputs] makes in each layer, at positions [1, n], behind the
@@ -218,7 +221,7 @@ class Layers:
         layer gives what the last token needs, [1, 1, H]. given: a head's embeddings [1, n, H]."""
         _, n, size = x.shape
         first, dtype = n - 1 if alone else 0, x.dtype
-        call, texts, masks = self.call(x, cache, mask, causal, first, len(taps))  # masks: alive as long as pointed to
+        call, texts, held = self.call(x, cache, mask, causal, first, len(taps))
         x, positions = x.float().contiguous(), positions.contiguous()
         given = given if given is None else given.to(x).contiguous()
         out, normed, features = (torch.empty_like(x), x.new_empty(1, n - first, size),
