@@ -442,8 +442,7 @@ class Drafter:
         positions = torch.arange(start + self.dropped, start + self.dropped + count, device=tokens.device)[None]
         logits, hidden = self.step(tokens, hidden, positions, None)  # no mask: the last token's logits are enough
         self.cache.commit(list(range(count)))
-        # a prompt's are narrow in mixed precision
-        self.logits, self.hidden = logits[:, -1], hidden[:, -1:].to(self.cache.rows.dtype)
+        self.logits, self.hidden = logits[:, -1], hidden[:, -1:]
 
     def expand(self, root: int, depth: int, top_k: int, sampler: Sampler) -> Iterator[Tree]:
         """Yield the tree after expansion step 0 (the root's children), 1, ... `depth`; whoever stops asking stops

@@ -214,8 +214,6 @@ def rope_frequencies(rope: dict, head_dim: int) -> tuple[Tensor, float]:
 # ---------------------------------------------------------------------------------------------------------- attention
 
 FEW = 64  # rows of queries, up to which a forward is decoding or verification rather than a prompt
-# tokens, up to which mixed precision reads a prompt in float32, as all that is verified: bfloat16 is not faster there
-SHORT = 16
 
 
 def by_products(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> bool:
@@ -336,8 +334,6 @@ class KVCache:
         n = rows.shape[2]
         columns = self.length + n if mask is None else self.columns(queries.shape[2], n)
         kept = self.write(layer, rows).narrow(2, 0, columns)
-        if kept.dtype != queries.dtype:                                                # a prompt in mixed precision
-            kept = kept.to(queries.dtype)
         return attention(queries, *kept.chunk(2, dim=1), mask)
 
     def commit(self, rows: list[int]) -> None:
@@ -527,12 +523,6 @@ def in_threes(x: Tensor) -> Tensor:
     return x.expand(*x.shape[:-2], 3, -1) if n == 1 else F.pad(x, (0, 0, 0, -n % 3))
 
 
-def mixes(config: ModelConfig, device: str | torch.device) -> bool:
-    """Whether `load_model` takes mixed=True."""
-    return (torch.device(device).type == "cpu" and halves_work()
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported() and not config.moe_layers)
-
-
 def half_scale(weight: Tensor) -> float:
     """A power of two times which float16 holds a float32 matrix: no element is off by more than 2^-24 of the
     largest, as little as a float32 product tells. There is one where the matrix was stored in bfloat16 or float16; 0
@@ -550,11 +540,10 @@ def half_scale(weight: Tensor) -> float:
 
 
 class Linear(Part):
-    """x @ weight.T without bias. After `pack()` on a CPU it runs on prepacked weights: oneDNN's in bfloat16, about
-    twice as fast at n = 1, and nearly as fast at n = 8 as at n = 1; in float32 FBGEMM's where float16 holds the matrix,
-    which is half as much to read, and gives a row the same numbers however many there are; else oneDNN's too. Mixed:
-    both, and x's dtype decides. `blocks` of tools/kernels.py take FBGEMM's place where bfloat16 holds the matrix, and
-    give the same numbers in half the time; also oneDNN's, where they are `narrow`."""
+    """x @ weight.T without bias. After `pack()` on a CPU it runs on prepacked weights: `blocks` of tools/kernels.py where
+    bfloat16 holds the matrix; else, in bfloat16, oneDNN's, about twice as fast at n = 1 as plain ones, and nearly as
+    fast at n = 8 as at n = 1; in float32 FBGEMM's where float16 holds the matrix, which is half as much to read, and
+    gives a row the same numbers however many there are; else oneDNN's too."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -563,24 +552,21 @@ class Linear(Part):
         self.inputs, self.packed, self.halves, self.scale = inputs, None, None, 0.0
         self.blocks: Callable | None = None  # a compiled product with the weights
 
-    def pack(self, mixed: bool = False, prompts: bool = True, products: Callable | None = None) -> None:
-        """Where that is the faster path: a CPU, in float32 or bfloat16. Inference only. mixed: bfloat16 weights, for x
-        in float32 too. prompts: whether many rows ever come; else mixed packs no weights for them. products: makes
-        `blocks` of a matrix, or None."""
+    def pack(self, products: Callable | None = None) -> None:
+        """Where that is the faster path: a CPU, in float32 or bfloat16. Inference only. products: makes `blocks` of a
+        matrix, or None."""
         weight = self.weight.detach().contiguous()
         if (weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16)
                 or not torch.backends.mkldnn.is_available()):
             return
-        exact = mixed or weight.dtype == torch.float32
-        if exact and products:
+        if products:
             self.blocks = products(weight)
-        if exact and self.blocks is None and halves_work():
-            wide = weight.float()
-            self.scale = half_scale(wide)
+        if self.blocks is None and weight.dtype == torch.float32 and halves_work():
+            self.scale = half_scale(weight)
             if self.scale:
                 self.halves = torch.ops.quantized.linear_prepack_fp16(
-                    wide if self.scale == 1 else wide * self.scale, None)
-        if self.blocks is self.halves is None or mixed and prompts and not (self.blocks and self.blocks.narrow):
+                    weight if self.scale == 1 else weight * self.scale, None)
+        if self.blocks is self.halves is None:
             # an x86 CPU without AVX512
             if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
                 return
@@ -588,16 +574,14 @@ class Linear(Part):
         self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.blocks is not None and (x.dtype == torch.float32 or self.blocks.narrow):
+        if self.blocks is not None:
             return self.blocks(x)
-        if self.halves is not None and x.dtype == torch.float32:
+        if self.halves is not None:
             x, n = x if self.scale == 1 else x * (1 / self.scale), x.shape[-2]
             found = torch.ops.quantized.linear_dynamic_fp16.default(in_threes(x), self.halves)
             return found if found.shape[-2] == n else found[..., :n, :]
         if self.packed is None:
-            return F.linear(x, self.weight) if self.weight is not None else self(x.float()).to(x.dtype)
-        if x.dtype != self.packed.dtype:     # mixed, and float16 does not hold the weights
-            return self(x.to(self.packed.dtype)).to(x.dtype)
+            return F.linear(x, self.weight)
         n = x.shape[-2]
         # one row: oneDNN's kernel for five reads the weights faster, and gives the same row
         if x.numel() == x.shape[-1]:
@@ -624,19 +608,14 @@ class RMSNorm(Part):
 
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight, self.eps, self.packed, self.wide = nn.Parameter(torch.empty(size)), eps, None, None
+        self.weight, self.eps, self.packed = nn.Parameter(torch.empty(size)), eps, None
 
-    @property
-    def factors(self) -> Tensor:
-        """Its weight, in the dtype of decoding."""
-        return self.weight if self.wide is None else self.wide
-
-    def pack(self, mixed: bool = False) -> None:
+    def pack(self) -> None:
         """For float32 on a CPU, where torch's own takes twice the time in small kernels: with n = size, mean(x^2) + eps
         is (|x|^2 + n eps) / n. Inference only."""
-        if self.weight.device.type == "cpu" and (mixed or self.weight.dtype == torch.float32):
-            size, self.wide = len(self.weight), self.weight.detach().float()
-            self.packed = self.wide * math.sqrt(size), torch.tensor(math.sqrt(size * self.eps))
+        if self.weight.device.type == "cpu" and self.weight.dtype == torch.float32:
+            size = len(self.weight)
+            self.packed = self.weight.detach() * math.sqrt(size), torch.tensor(math.sqrt(size * self.eps))
 
     def forward(self, x: Tensor) -> Tensor:
         """In half precision on a CPU the layer norm of (x, -x), whose mean is 0 and whose variance is the mean of x
@@ -791,7 +770,6 @@ class _Decoder(nn.Module):
     graphs: whether short forwards under inference_mode run as CUDA graphs; None: yes on CUDA. True on a CPU runs the
     same buffers uncaptured, for tests. Caches must come from `new_cache` after it is set."""
 
-    mixed = False                     # prompts in bfloat16, as the weights; all else in float32
     graphs: bool | None = None
     graph_pool = graph_stream = None
     captured = 0                      # graphs made so far
@@ -852,10 +830,6 @@ class _Decoder(nn.Module):
         return (type(cache) is KVCache and cache.spare is not None and self.graphs is not False
                 and torch.is_inference_mode_enabled() and not (self.inverse.is_cuda and self.waits()))
 
-    def wide(self, x: Tensor) -> Tensor:
-        """What is no prompt runs in float32, where precision is mixed."""
-        return x.float() if self.mixed else x
-
     def waits(self) -> bool:
         """Whether a layer has to wait for numbers on a GPU: a graph cannot."""
         return False
@@ -873,13 +847,8 @@ class _Decoder(nn.Module):
         outputs = cache.graphs[key](inputs, cache.length, mask)
         return [None if out is None else out[:, :n].clone() for out in outputs]
 
-    @property
-    def cache_dtype(self) -> torch.dtype:
-        """Of caches, and so of decoding and verification."""
-        return torch.float32 if self.mixed else self.norm.weight.dtype
-
     def new_cache(self, capacity: int) -> KVCache:
-        cache = KVCache(self.config, capacity, self.cache_dtype, self.norm.weight.device)
+        cache = KVCache(self.config, capacity, self.norm.weight.dtype, self.norm.weight.device)
         if self.norm.weight.is_cuda if self.graphs is None else self.graphs:
             cache.spare = self.spare
         return cache
@@ -906,7 +875,7 @@ class Model(_Decoder):
     @property
     def precision(self) -> str:
         """What --dtype calls it."""
-        return "mixed" if self.mixed else str(self.dtype).removeprefix("torch.")
+        return str(self.dtype).removeprefix("torch.")
 
     def waits(self) -> bool:
         sparse = self.config.moe_layers
@@ -921,15 +890,13 @@ class Model(_Decoder):
         cache.length + n columns; all earlier ones are attended to; None = causal; a list of such masks with a
         PackedCache. taps: layers whose outputs to return (-1 = the embeddings), for a draft head. last_only: logits of
         the last token alone; where attention is causal, the last layer then computes only keys and values for the
-        others. Returns logits [b, n or 1, V] and features [b, n, len(taps) * H], or None without taps; where precision
-        is mixed, features of a prompt in bfloat16, all else in float32.
+        others. Returns logits [b, n or 1, V] and features [b, n, len(taps) * H], or None without taps; from compiled
+        layers logits in float32.
         """
         if self.graphed(tokens, cache, mask):
             logits, features = self.replay((tokens, positions), cache, mask, taps=taps)
             return logits[:, -1:] if last_only else logits, features
         x = self.embed_tokens(tokens)                                              # [b, n, H]
-        if mask is not None or tokens.numel() <= SHORT:
-            x = self.wide(x)
         final = len(self.layers) - 1
         alone = last_only and mask is None and final not in taps  # only the last token goes through the last layer
         if self.kernels and self.kernels.fit(x, mask, cache):
@@ -942,7 +909,7 @@ class Model(_Decoder):
                 x = layer(x, rotary, mask, cache, alone and layer.index == final)
                 if layer.index in taps:
                     tapped[layer.index] = x
-            normed = self.norm(self.wide(x[:, -1:] if last_only else x))
+            normed = self.norm(x[:, -1:] if last_only else x)
             features = torch.cat([tapped[i] for i in taps], dim=-1) if taps else None
         return self.lm_head(normed[:, -1:] if last_only else normed), features
 
@@ -994,7 +961,7 @@ class Eagle3(_Decoder):
             hidden = (hidden[:, -1:] if alone else hidden) + self.self_attn(
                 x, self.rotary(positions, x.dtype), mask, partial(cache.attend, 0), alone)
             hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
-            normed = self.norm(self.wide(hidden[:, -1:] if last_only else hidden))
+            normed = self.norm(hidden[:, -1:] if last_only else hidden)
         return self.lm_head(normed[:, -1:] if last_only else normed), hidden
 
 
@@ -1067,13 +1034,12 @@ def _read_tensor(path: Path, name: str) -> Tensor:
 
 
 def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple]], dtype, device, optional=(),
-          pack: bool = False, mixed: bool = False, tied: bool = False, products: Callable | None = None) -> None:
+          pack: bool = False, tied: bool = False, products: Callable | None = None) -> None:
     """Give every parameter of a meta-device `module` its tensor. `parts` maps a parameter to the tensors of the
     checkpoint, with their shapes, that are stacked to make it. A missing, extra or misshapen tensor is an error that
     names it. With `pack`, matrices are packed. They are read and packed side by side, so that no more of them than
     there are threads, and one, are in memory twice. tied: `lm_head` takes the embeddings."""
-    module.mixed, module.products, used, placing, threads = (
-        mixed, products, set(optional), set(), torch.get_num_threads())
+    module.products, used, placing, threads = products, set(optional), set(), torch.get_num_threads()
 
     def place(name: str, value: Tensor, sources: dict[str, tuple]) -> None:
         pieces = []
@@ -1091,9 +1057,9 @@ def _fill(module: nn.Module, tensors: _Tensors, parts: dict[str, dict[str, tuple
         if tied and name == "embed_tokens.weight":
             module.lm_head.weight, name, owner = owner.weight, "lm_head.weight", module.lm_head
         if pack and isinstance(owner, RMSNorm):
-            owner.pack(mixed)
+            owner.pack()
         elif pack and isinstance(owner, Linear):
-            owner.pack(mixed, name != "lm_head.weight", products)
+            owner.pack(products)
 
     with ThreadPoolExecutor(threads) as pool:
         for name, value in module.state_dict().items():
@@ -1161,24 +1127,18 @@ def unstacked(module: nn.Module, parts: dict[str, dict[str, tuple]],
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu",
-               pack: bool = True, mixed: bool = False, products: Callable | None = None) -> Model:
+               pack: bool = True, products: Callable | None = None) -> Model:
     """Load a target from a local folder holding config.json and safetensors.
 
-    pack: prepack its matrices, on a CPU. mixed: for a dense model in bfloat16 on an x86 CPU, so that prompts run in
-    bfloat16 and all else, caches too, in float32: a small model decodes faster, and as exactly as in float32; without
-    products that take bfloat16 its matrices are packed twice. products: what makes compiled products of matrices
-    (`products` in tools/kernels.py) for float32 and mixed precision; what drafts for the model takes it over. Raises
-    ValueError where it cannot be mixed, CheckpointError on an unknown architecture or field and on any missing, extra
-    or misshapen tensor.
+    pack: prepack its matrices, on a CPU. products: what makes compiled products of matrices there (`products` in
+    tools/kernels.py), in float32 and bfloat16; what drafts for the model takes it over. Raises CheckpointError on an
+    unknown architecture or field and on any missing, extra or misshapen tensor.
     """
     folder = Path(folder)
     if torch.device(device).type == "cuda":
         # it plans a kernel for every new length of the text: some 25 ms each, on an H200
         torch.backends.cuda.enable_cudnn_sdp(False)
     config = ModelConfig.read(folder)
-    if mixed and not (pack and dtype == torch.bfloat16 and mixes(config, device)):
-        raise ValueError(f"{folder}: mixed precision takes a dense model in bfloat16, packed, on an x86 CPU that "
-                         "multiplies bfloat16; try bfloat16 or float32")
     tensors, experts = _Tensors(folder), len(config.moe_layers) * config.num_experts
     if config.num_hidden_layers + experts > len(tensors.shapes):     # found out before memory is spent on them
         raise CheckpointError(f"{folder / 'config.json'}: field 'num_hidden_layers' is {config.num_hidden_layers}, "
@@ -1192,7 +1152,7 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, devic
     parts = checkpoint_layout(model)
     if config.tie_word_embeddings:
         model.lm_head.weight = None                    # not read a second time
-    _fill(model, tensors, parts, dtype, device, optional, pack, mixed, config.tie_word_embeddings, products)
+    _fill(model, tensors, parts, dtype, device, optional, pack, config.tie_word_embeddings, products)
     return model
 
 
@@ -1252,7 +1212,7 @@ def load_eagle3(folder: str | Path, target: Model, *, pack: bool = True) -> Eagl
     _fill(head, tensors, _stacked(config, "", "", 2 * config.hidden_size, config.intermediate_size),
           target.dtype, target.device,
           {"t2d", *(name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq"))},
-          pack, target.mixed, products=target.products)
+          pack, products=target.products)
     if shared:
         head.embed_tokens = target.embed_tokens
     if not hasattr(head, "d2t"):
@@ -1282,9 +1242,7 @@ def load_draft(folder: str | Path, target: Model) -> Eagle3 | Model:
 
 
 def load_beside(folder: str | Path, target: Model) -> Model:
-    """Load another model that runs as `target` does: its dtype, device, products and graphs, and mixed where it is and
-    both can be. Raises CheckpointError."""
-    mixed = target.mixed and mixes(ModelConfig.read(Path(folder)), target.device)
-    model = load_model(folder, dtype=target.dtype, device=target.device, mixed=mixed, products=target.products)
+    """Load another model that runs as `target` does: its dtype, device, products and graphs. Raises CheckpointError."""
+    model = load_model(folder, dtype=target.dtype, device=target.device, products=target.products)
     model.graphs, model.compiled = target.graphs, target.compiled
     return model

@@ -37,7 +37,7 @@ from graft import (METHODS, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Se
                    measure_cost, run_rounds, tune)
 from kernels import compiler, instructions, kernels, products  # noqa: E402
 from model import (CheckpointError, Model, ModelConfig, fetch_checkpoint, load_draft, load_model,  # noqa: E402
-                   mixes, read_json)
+                   read_json)
 from render_template import render_template  # noqa: E402
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, whole  # noqa: E402
 from tree import TARGET, Tree  # noqa: E402
@@ -74,7 +74,7 @@ VARIANTS = {                         # methods of the neighbours, each with its 
 OWN_DRAFT = {name for name, module in VARIANTS.items() if module in ("universal", "dflash")}
 EVERY = [*METHODS, *ABLATIONS, *VARIANTS]
 # gap of two float32 logits that rounding in this dtype can close
-NEAR_TIE = {"float32": 1e-3, "mixed": 0.5, "bfloat16": 0.5, "float16": 0.1}
+NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
 
 
 def say(*words, end="\n") -> None:
@@ -301,16 +301,15 @@ def multiplies_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def choose_dtype(name: str, device: torch.device, compiled: bool = False) -> tuple[torch.dtype, bool]:
-    """A dtype, and whether mixed. Unless named: bfloat16 wherever the hardware multiplies it, mixed with compiled
-    layers, else float32."""
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Unless named: bfloat16 wherever the hardware multiplies it, else float32."""
     if name != "auto":
-        return getattr(torch, "bfloat16" if name == "mixed" else name), name == "mixed"
+        return getattr(torch, name)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = device.type != "cpu" or multiplies_bfloat16()
-    return torch.bfloat16 if fast else torch.float32, fast and compiled
+    return torch.bfloat16 if fast else torch.float32
 
 
 def flag(name: str, value: bool | None) -> list[str]:
@@ -318,12 +317,17 @@ def flag(name: str, value: bool | None) -> list[str]:
     return [] if value is None else [f"--{'' if value else 'no-'}{name}"]
 
 
-def choose_products(asked: bool | None, device: torch.device) -> Callable | None:
+def choose_products(asked: bool | None, device: torch.device, dtype: torch.dtype) -> Callable | None:
     """What makes compiled products on a CPU: where they are asked for, and, where nothing was said, on the processors
-    that they were measured on, if there is a compiler. Raises ValueError where they are asked for and cannot be had."""
-    measured = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    that they were measured on, if there is a compiler, and not in bfloat16 where it would be imitated. Raises
+    ValueError where they are asked for and cannot be had."""
+    measured = (torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+                and (dtype == torch.float32 or dtype == torch.bfloat16 and multiplies_bfloat16()))
     if device.type != "cpu" or not (measured and shutil.which(compiler()[0]) if asked is None else asked):
         return None
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError("--compile is, on a CPU, for float32 and bfloat16; --dtype is "
+                         f"{str(dtype).removeprefix('torch.')}")
     try:
         return products()
     except (ValueError, OSError) as error:
@@ -335,18 +339,13 @@ def choose_products(asked: bool | None, device: torch.device) -> Callable | None
 def set_up(args, calibrated: bool = True) -> Setup:
     """calibrated: with the settings of tools/calibrate.py, or what stands in for them."""
     device = choose_device(args.device)
-    compiled = choose_products(args.compile, device) if args.dtype in ("auto", "mixed", "float32") else None
-    dtype, mixed = choose_dtype(args.dtype, device, bool(compiled))
+    dtype = choose_dtype(args.dtype, device)
+    compiled = choose_products(args.compile, device, dtype)
     folder = fetch_checkpoint(args.model, args.revision) if args.model else demo_model(say)
     text = Text(folder)
     if args.compile and (device.type not in ("cpu", "cuda") or args.no_graphs):
         raise ValueError("--compile is for a CPU, or for a GPU with graphs; leave it out")
-    if args.compile and device.type == "cpu" and not compiled:
-        raise ValueError(f"--compile is, on a CPU, for float32 and mixed precision; --dtype is {args.dtype}")
-    if mixed and args.dtype == "auto" and not args.compile:
-        mixed = mixes(ModelConfig.read(folder), device)                         # not a mixture of experts
-    model = load_model(folder, dtype=dtype, device=device, mixed=mixed,
-                       products=compiled if mixed or dtype == torch.float32 else None)
+    model = load_model(folder, dtype=dtype, device=device, products=compiled)
     model.graphs, model.compiled = False if args.no_graphs else None, bool(args.compile)  # what drafts for it follows
     if args.compile and device.type == "cuda":
         say("Compiling as forwards come: half a minute, less once torch has kept some of it ...")
@@ -943,12 +942,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--draft-window", type=at_least(1), metavar="N",
         help="let the head see the last N to 2 N tokens only (default: all)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    add("--dtype", default="auto", choices=("auto", "mixed", "bfloat16", "float16", "float32", "float64"),
-        help="auto: where bfloat16 is multiplied, bfloat16, or mixed with compiled layers; else float32. "
-             "mixed, on a CPU: prompts in bfloat16, all else in float32; output is plain decoding's, as in float32")
+    add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32", "float64"),
+        help="auto: bfloat16 where it is multiplied, else float32")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="decode faster: on a CPU run all layers in C++, which is compiled once in some seconds "
-             "(float32 and mixed precision; default: with AVX2 and AVX512, where there is a compiler); "
+             "(float32 and bfloat16; default: with AVX2 and AVX512, where there is a compiler, and no bfloat16 "
+             "that the CPU does not multiply); "
              "on a GPU fuse small operations, half a minute of every start (default: no)")
     add("--no-graphs", action="store_true", help="on a GPU, launch every kernel instead of replaying CUDA graphs")
     add("--max-new-tokens", type=int, default=128 if command in ("bench", "verify") else 512,

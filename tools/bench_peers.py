@@ -2,7 +2,7 @@
 one run.
 
     pip install transformers &&
-        python tools/bench_peers.py --prompts FILE.jsonl --dtype mixed --json results/peers_cpu.json
+        python tools/bench_peers.py --prompts FILE.jsonl --dtype bfloat16 --json results/peers_cpu.json
     pip install llama-cpp-python, then add --gguf FILE for llama.cpp on a bfloat16 GGUF of the same weights
 
 Peers: transformers' greedy `generate`, its prompt lookup (10 tokens), its assisted generation by early exit (the first
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--prompts", required=True)
     parser.add_argument("--limit-per-task", type=int)
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--dtype", default="auto", choices=("auto", "mixed", "bfloat16", "float32"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
     parser.add_argument("--model", help="folder or Hub id (default: the demo model)")
     parser.add_argument("--methods", default="ar,graft", help="ours")
     parser.add_argument("--peers", default="greedy,prompt-lookup",

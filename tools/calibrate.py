@@ -80,7 +80,7 @@ def measure(setup: run.Setup, length: int, repeats: int) -> tuple[list[float], f
     calls = {n: (lambda n=n: verify_once(model, state.cache, n, taps)) for n in grid}
     if state.drafter:
         drafter = state.drafter
-        features = torch.randn(1, 3, 3 * model.config.hidden_size, device=model.device).to(model.cache_dtype)
+        features = torch.randn(1, 3, 3 * model.config.hidden_size, device=model.device).to(model.dtype)
         tokens, sampler = (torch.tensor([[5, 6, 7, 8]], device=model.device),
                            Sampler(GraftConfig(), model.config.vocab_size, model.device, model.kernels))
         drafter.observe(features.repeat(1, length // 3, 1), tokens[:, :1].repeat(1, length // 3 * 3 + 1))
@@ -337,7 +337,7 @@ def main() -> None:
     for name in ("--model", "--draft", "--device"):
         parser.add_argument(name, help="as run.py's")
     parser.add_argument("--out", help="file to write (default: the demo model's for this device, in assets/)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "mixed", "bfloat16", "float16", "float32"),
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"),
                         help="as run.py's")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="as run.py's")
     parser.add_argument("--prompts", default=PROMPTS, metavar="FILE.jsonl", help="what the replayed texts answer")

@@ -36,7 +36,7 @@ from retrieval import AdjacencyMatrix, NGramIndex  # noqa: E402
 def products(model, rows: int, repeats: int) -> float:
     """Milliseconds of the target's matrix products alone, one after the other as in a forward, for so many rows."""
     linears = [module for module in model.modules() if isinstance(module, Linear)]
-    inputs = [torch.randn(rows, linear.inputs, device=model.device).to(model.cache_dtype) for linear in linears]
+    inputs = [torch.randn(rows, linear.inputs, device=model.device).to(model.dtype) for linear in linears]
     return median_ms({"all": lambda: [linear(x) for linear, x in zip(linears, inputs)]}, repeats)["all"]
 
 
@@ -127,7 +127,7 @@ def first_use(repeats: int, options: list[str]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", default="auto", choices=("auto", "mixed", "bfloat16", "float16", "float32"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
     parser.add_argument("--device")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="as run.py's")
     parser.add_argument("--prompts", type=at_least(1), default=14, help="at most so many")

@@ -28,6 +28,9 @@ constexpr int64_t AHEAD = 1024, NEAR = 3;
 #endif
 constexpr int64_t BLOCK = 2 * LANES;
 constexpr int64_t MUCH = 2048;                 // numbers, from which on small work is worth a second thread
+constexpr int64_t MOST = 4096;                 // numbers in a head
+
+#define INLINE __attribute__((always_inline))
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
@@ -49,6 +52,16 @@ static inline void with_constant(int64_t rows, Run run) {
         run(std::integral_constant<int, R>());
     else if constexpr (R > 1)
         with_constant<R - 1>(rows, run);
+}
+
+// Calls `run` with 0 to N - 1 as constants: what they number is held in registers (of loops that are unrolled later GCC
+// keeps it in memory too).
+template <int N, class Run>
+static inline void repeat(Run run) {
+    if constexpr (N > 0) {
+        repeat<N - 1>(run);
+        run(std::integral_constant<int, N - 1>());
+    }
 }
 
 // Up to LANES rows of d numbers, what lacks being 0 -> [d][LANES], rows BLOCK apart: squares of registers are riffled
@@ -102,25 +115,24 @@ static inline Floats plus(Floats sum, Words weights, uint32_t x) {
 #endif
 }
 
-// R rows of x, `apart` from each other, times the W registers of weights that `weights` gives for each input ->
-// y [R][W LANES], rows `stride` apart; ADD: to what is there. X: float, or pairs of bfloat16.
-template <bool ADD, int W, int R, class X, class Weights>
-static inline void block(const X *x, int64_t apart, int64_t inputs, float *y, int64_t stride, Weights weights) {
-    Floats sums[R][W] = {};
-    for (int r = 0; ADD && r < R; r++)
-        for (int i = 0; i < W; i++)
-            sums[r][i] = load(y + r * stride + i * LANES);
+// R rows of x, `apart` from each other, times the W registers of weights that `weights` gives for each of its inputs,
+// EACH of which it gives at once -> y [R][W LANES], rows `stride` apart; ADD: to what is there. X: float, or pairs of
+// bfloat16.
+template <bool ADD, int W, int EACH, int R, class X, class Weights>
+__attribute__((noinline)) static void block(const X *x, int64_t apart, int64_t inputs, float *y, int64_t stride, Weights weights) {
+    Floats sums[R * W] = {};
+    const auto all = [&](auto run) INLINE { repeat<R * W>([&](auto i) INLINE { run(i / W, i % W, sums[i]); }); };
+    if (ADD)
+        all([&](int r, int i, Floats &own) INLINE { own = load(y + r * stride + i * LANES); });
     #pragma GCC unroll 2
-    for (int64_t k = 0; k < inputs; k++) {
-        std::conditional_t<std::is_same_v<X, float>, Floats, Words> some[W];
-        weights(k, some);
-        for (int r = 0; r < R; r++)
-            for (int i = 0; i < W; i++)
-                sums[r][i] = plus(sums[r][i], some[i], x[r * apart + k]);
+    for (int64_t k = 0; k < inputs; k += EACH) {
+        std::conditional_t<std::is_same_v<X, float>, Floats, Words> some[EACH * W];
+        weights(k / EACH, some);
+        repeat<EACH>([&](auto each) INLINE {
+            all([&](int r, int i, Floats &own) INLINE { own = plus(own, some[each * W + i], x[r * apart + k + each]); });
+        });
     }
-    for (int r = 0; r < R; r++)
-        for (int i = 0; i < W; i++)
-            store(y + r * stride + i * LANES, sums[r][i]);
+    all([&](int r, int i, Floats &own) INLINE { store(y + r * stride + i * LANES, own); });
 }
 
 // Numbers wanted soon, and which of so many shares of them is to be asked for now.
@@ -131,7 +143,7 @@ struct Soon {
 
 // The same for any number of rows, in equal parts whose sums stay in registers. Before each a part of what is wanted
 // soon is asked for: memory would rest while the same weights meet the other rows.
-template <bool ADD, int W = 2, class X, class Weights>
+template <bool ADD, int W = 2, int EACH = 1, class X, class Weights>
 static inline void blocks(const X *x, int64_t apart, int64_t inputs, float *y, int64_t stride, int64_t rows,
                           Weights weights, Soon soon = {}) {
     constexpr int64_t most = 2 * ROWS / W;
@@ -142,7 +154,7 @@ static inline void blocks(const X *x, int64_t apart, int64_t inputs, float *y, i
         for (int64_t i = soon.count * share / shares; i < soon.count * (share + 1) / shares; i += 16)
             __builtin_prefetch(soon.from + i);
         with_constant<most>(end - begin, [&](auto r) {
-            block<ADD, W, r>(x + begin * apart, apart, inputs, y + begin * stride, stride, weights);
+            block<ADD, W, EACH, r>(x + begin * apart, apart, inputs, y + begin * stride, stride, weights);
         });
     }
 }
@@ -165,12 +177,13 @@ extern "C" int64_t pack(const float *matrix, uint32_t *w, int64_t outputs, int64
     for (int64_t o = 0; o < outputs; o += BLOCK, matrix += BLOCK * inputs) {
         for (int64_t half = 0; half < BLOCK; half += LANES)
             transpose(matrix + half * inputs, LANES, inputs, turned.data() + half);
-        for (int64_t k = 0; k < inputs; k++, w += LANES) {
-            const Words low = (Words)load(&turned[k * BLOCK]), high = (Words)load(&turned[k * BLOCK + LANES]),
-                        pairs = low >> 16 | (high & 0xffff0000);
-            lost |= (low | high) << 16;
-            std::memcpy(w, &pairs, sizeof pairs);
-        }
+        for (int64_t k = 0; k < inputs; k += 2)
+            for (int64_t half = 0; half < BLOCK; half += LANES, w += LANES) {
+                const Words low = (Words)load(&turned[k * BLOCK + half]),
+                            high = (Words)load(&turned[(k + 1) * BLOCK + half]), pairs = low >> 16 | (high & 0xffff0000);
+                lost |= (low | high) << 16;
+                std::memcpy(w, &pairs, sizeof pairs);
+            }
     }
     uint32_t any = 0;
     for (int64_t lane = 0; lane < LANES; lane++)
@@ -178,31 +191,50 @@ extern "C" int64_t pack(const float *matrix, uint32_t *w, int64_t outputs, int64
     return any == 0;
 }
 
-// x [rows][inputs], y [rows][outputs]; outputs is a multiple of BLOCK. A few rows of a small model wait for W to arrive
-// from memory, and a CPU's own prefetching stops at each page: here W is asked for AHEAD words early. It comes as
-// words [outputs / BLOCK][inputs][LANES], the weights of an output in their low halves and of the LANES-th after it in
-// their high ones, so that it is read from front to back, once for up to ROWS rows. Where rows take two TURNS over a
-// block, memory would rest in the second: in each, half of the next block is asked for, a little with each weight (a
-// block is large: all at once, as `blocks` asks for what is wanted soon, was slower).
-template <int TURNS>
-static void multiply_wide(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs,
-                          int64_t outputs) {
+// A block's weights of two inputs.
+static inline void two(const uint32_t *from, Words *some) { std::memcpy(some, from, 2 * sizeof *some); }
+
+static inline void two(const uint32_t *from, Floats *some) {
+    Words both[2];
+    two(from, both);
+    for (int i = 0; i < 2; i++) {
+        some[i] = (Floats)(both[i] << 16);
+        some[2 + i] = (Floats)(both[i] & 0xffff0000);
+    }
+}
+
+// x [rows][inputs], y [rows][outputs]; outputs is a multiple of BLOCK, inputs is even. A few rows of a small model wait
+// for W to arrive from memory, and a CPU's own prefetching stops at each page: here W is asked for AHEAD words early. It
+// comes as words [outputs / BLOCK][inputs / 2][BLOCK], an output's weights of two inputs in each, so that it is read
+// from front to back, once for up to ROWS rows. Where rows take TURNS over a block, memory would rest in all but the
+// first: in each, a part of the next block is asked for, a little with each weight (a block is large: all at once, as
+// `blocks` asks for what is wanted soon, was slower).
+template <int TURNS, class X>
+static void stream(const uint32_t *w, const X *x, float *y, int64_t rows, int64_t inputs, int64_t outputs) {
+    constexpr int EACH = std::is_same_v<X, float> ? 2 : 1;
+    const int64_t size = inputs / 2 * BLOCK;
     #pragma omp for schedule(guided)
     for (int64_t o = 0; o < outputs; o += BLOCK)
         for (int64_t turn = 0; turn < TURNS; turn++) {
-            const uint32_t *own = w + o / 2 * inputs;
+            const uint32_t *own = w + o / BLOCK * size;
             const int64_t begin = rows * turn / TURNS, end = rows * (turn + 1) / TURNS,
-                          ahead = TURNS == 1 ? AHEAD : (TURNS + turn) * inputs * LANES / TURNS;
-            blocks<false>(x + begin * inputs, inputs, inputs, y + begin * outputs + o, outputs, end - begin,
-                          [own, ahead](int64_t k, Floats *some) {
-                              Words pairs;
-                              // in this form it costs GCC no instruction more
-                              __builtin_prefetch(own + k * LANES + ahead - k * (LANES - LANES / TURNS), 0, NEAR);
-                              std::memcpy(&pairs, own + k * LANES, sizeof pairs);
-                              some[0] = (Floats)(pairs << 16);
-                              some[1] = (Floats)(pairs & 0xffff0000);
-                          });
+                          ahead = TURNS == 1 ? AHEAD : size + turn * size / TURNS;
+            blocks<false, 2, EACH>(x + begin * inputs, inputs, inputs / 2 * EACH, y + begin * outputs + o, outputs,
+                                   end - begin, [own, ahead](int64_t k, auto *some) INLINE {
+                                       for (int64_t i = 0; i < BLOCK / TURNS; i += LANES)
+                                           __builtin_prefetch(own + ahead + k * (BLOCK / TURNS) + i, 0, NEAR);
+                                       two(own + k * BLOCK, some);
+                                   });
         }
+}
+
+// X: float, or pairs of bfloat16; the sums are float32's either way.
+template <class X>
+static void multiply_all(const uint32_t *w, const X *x, float *y, int64_t rows, int64_t inputs, int64_t outputs) {
+    if (rows > ROWS && rows <= 2 * ROWS)
+        stream<2>(w, x, y, rows, inputs, outputs);
+    else  // with more rows arithmetic is the limit
+        stream<1>(w, x, y, rows, inputs, outputs);
 }
 
 // Whether bfloat16 is faster here: an instruction multiplies two numbers by two weights.
@@ -234,42 +266,32 @@ static void round(const float *x, uint32_t *to, int64_t count) {
     std::memcpy(to + i / 2, &some, (count - i) * sizeof(uint16_t));
 }
 
-// The same for x in bfloat16, which is rounded into `pairs`; the sums are float32's.
-static void multiply_narrow(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs,
-                            uint32_t *pairs) {
+// Rows [rows][size] -> rounded, as pairs, a row where it would be in float32; they may take its place.
+static void round_rows(const float *x, float *to, int64_t rows, int64_t size) {
     #pragma omp for
     for (int64_t row = 0; row < rows; row++)
-        round(x + row * inputs, pairs + row * inputs / 2, inputs);
-    #pragma omp for schedule(guided)
-    for (int64_t o = 0; o < outputs; o += BLOCK) {
-        const uint32_t *own = w + o / 2 * inputs;
-        blocks<false>(pairs, inputs / 2, inputs / 2, y + o, outputs, rows, [own](int64_t k, Words *some) {
-            Words even, odd;
-            __builtin_prefetch(own + 2 * k * LANES + AHEAD);
-            std::memcpy(&even, own + 2 * k * LANES, sizeof even);
-            std::memcpy(&odd, own + (2 * k + 1) * LANES, sizeof odd);
-            some[0] = joined(even, odd << 16);
-            some[1] = joined(even >> 16, odd);
-        });
-    }
+        round(x + row * size, (uint32_t *)(to + row * size), size);
 }
 
-// pairs: room for x in bfloat16; null: in float32.
+// narrow: x holds rows as `round_rows` leaves them.
 static void multiply(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs,
-                     uint32_t *pairs) {
-    if (pairs)
-        multiply_narrow(w, x, y, rows, inputs, outputs, pairs);
-    else if (rows > ROWS && rows <= 2 * ROWS)
-        multiply_wide<2>(w, x, y, rows, inputs, outputs);
-    else  // with more rows arithmetic is the limit
-        multiply_wide<1>(w, x, y, rows, inputs, outputs);
+                     int64_t narrow) {
+    if (narrow)
+        multiply_all(w, (const uint32_t *)x, y, rows, inputs, outputs);
+    else
+        multiply_all(w, x, y, rows, inputs, outputs);
 }
 
 extern "C" void product(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs,
                         int64_t threads, int64_t narrow) {
-    std::vector<uint32_t> pairs(narrow ? rows * inputs / 2 + 1 : 0);
+    std::vector<float> room(narrow ? rows * inputs : 0);
+    float *const pairs = room.data();
     #pragma omp parallel num_threads(threads)
-    multiply(w, x, y, rows, inputs, outputs, narrow ? pairs.data() : nullptr);
+    {
+        if (narrow)
+            round_rows(x, pairs, rows, inputs);
+        multiply(w, narrow ? pairs : x, y, rows, inputs, outputs, narrow);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------- small operations
@@ -312,26 +334,33 @@ static void norm(const float *from, const float *weight, float eps, float *to, i
         to[i] = from[i] * scale * weight[i];
 }
 
-// x [n][size] grows by what is added; `to` is its norm.
-static void add_norm(float *x, const float *added, const float *weight, float eps, float *to, int64_t n,
-                     int64_t size) {
+// x [n][size] grows by what is added; `to` is its norm, rounded where it is to be narrow.
+static void add_norm(float *x, const float *added, const float *weight, float eps, float *to, int64_t n, int64_t size,
+                     int64_t narrow) {
     #pragma omp for
     for (int64_t row = 0; row < n; row++) {
+        float *own = to + row * size;
         #pragma omp simd
         for (int64_t i = row * size; i < (row + 1) * size; i++)
             x[i] += added[i];
-        norm(x + row * size, weight, eps, to + row * size, size);
+        norm(x + row * size, weight, eps, own, size);
+        if (narrow)
+            round(own, (uint32_t *)own, size);
     }
 }
 
 // SwiGLU's middle: rows [n][2 size] of a gate and what it lets through -> [n][size]; size is a multiple of LANES.
-static void gate(const float *rows, float *to, int64_t n, int64_t size) {
+static void gate(const float *rows, float *to, int64_t n, int64_t size, int64_t narrow) {
     #pragma omp for collapse(2)
     for (int64_t row = 0; row < n; row++)
         for (int64_t i = 0; i < size; i += LANES) {
             const Floats x = load(rows + 2 * row * size + i), up = load(rows + (2 * row + 1) * size + i),
-                         most = Floats{} + 88.0f;
-            store(to + row * size + i, x / (1.0f + exponential(-x > most ? most : -x)) * up);
+                         most = Floats{} + 88.0f, found = x / (1.0f + exponential(-x > most ? most : -x)) * up;
+            if (narrow) {
+                const Halves some = rounded(found);
+                std::memcpy((uint16_t *)(to + row * size) + i, &some, sizeof some);
+            } else
+                store(to + row * size + i, found);
         }
 }
 
@@ -387,13 +416,15 @@ extern "C" void top(const float *x, int64_t n, int64_t size, int64_t count, int6
 // ----------------------------------------------------------------------------------------------------------- attention
 //
 // For some rows of queries and some columns at a time, whose scores stay near, with the softmax of Milakov and
-// Gimelshein (arXiv 1805.02867): what was summed so far is scaled down where a larger score is met.
+// Gimelshein (arXiv 1805.02867): what was summed so far is scaled down where a larger score is met. A token's columns
+// are told from each other by their place among those that it attends to: so a token finds the same numbers, to the
+// last bit, alone and in any tree behind the same text.
 
 struct Text {
     // tokens; columns, their own n among them; the last w of them have a mask [n][w]; whether a token sees none behind
     // it; rows of the cache
     int64_t n, m, w, causal, capacity;
-    float *cache;  // [layers][2k][capacity][d]
+    void *cache;  // [layers][2k][capacity][d], in float32, or in bfloat16 where products are
     const bool *mask;
 };
 
@@ -404,14 +435,22 @@ struct Call {
     int64_t h, k, d, threads;
     // and the sizes of what the first layer reads, of a hidden state and of an MLP's middle; layers to tell of
     int64_t layers, inputs, hidden, middle, taps;
-    int64_t narrow;  // whether products take their inputs in bfloat16
+    int64_t narrow;  // whether products take their inputs in bfloat16, attention's too; d is a multiple of BLOCK then
     // of norms; on cos and sin
     float eps, factor;
 };
 
 constexpr int64_t MANY = 96, PANEL = 512, TILE = 64;   // rows, columns, and columns whose values stay nearest
+constexpr int64_t FEW = 128;                           // tokens, up to which each panel is read on its own
 // of scores: rows a power of two apart would drive each other out of the cache
 constexpr int64_t STRIDE = PANEL + 16;
+
+template <bool NARROW>
+using Kept = std::conditional_t<NARROW, uint16_t, float>;
+template <bool NARROW>
+using Query = std::conditional_t<NARROW, uint32_t, float>;
+
+static inline int64_t up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 
 // Each of these scores, their number being a multiple of LANES, becomes e^(score - highest); returns their sum.
 // `highest` rises to the largest of them.
@@ -430,95 +469,122 @@ static float soften(float *scores, int64_t count, float &highest) {
     return sum(sums);
 }
 
+// LANES numbers of two columns in bfloat16 (none: 0), each word taking one of both.
+static inline Words pair(const uint16_t *even, const uint16_t *odd) {
+    Halves low, high{};
+    std::memcpy(&low, even, sizeof low);
+    if (odd)
+        std::memcpy(&high, odd, sizeof high);
+    return __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
+}
+
 // Up to MANY rows of queries [rows][d], of these tokens, over the columns from `start` to `stop` of one head's keys and
-// values [m][d] -> to, rows of d, and, where they are wanted, `weights` [rows][2]: the highest score and the sum of all
-// e^(score - highest). `scores` has room for them, [rows][STRIDE], and behind them for BLOCK keys turned round,
-// [d][BLOCK], sums of values, [rows][d], and, NARROW, what is rounded of queries, [rows][d / 2], and of some keys or
-// pairs of values, [TILE / 2][d].
-template <bool NARROW>
-static void attend(const Call &a, const Text &text, int64_t rows, const int64_t *tokens, const float *queries,
-                   const float *keys, const float *values, int64_t start, int64_t stop, float *const *to,
-                   float *weights, float *scores) {
-    float highest[MANY], by[MANY], *turned = scores + rows * STRIDE, *sums = turned + a.d * BLOCK;
-    uint32_t *const asked = (uint32_t *)(sums + rows * a.d), *const pairs = asked + rows * a.d / 2;
-    if (NARROW)
-        round(queries, asked, rows * a.d);
+// values [m][d] -> `give` gets, of each row, the sum of values [d], each times e^(score - highest), the sum of all these
+// factors, and the highest score.
+template <bool NARROW, class Give>
+static void attend(const Call &a, const Text &text, int64_t rows, const int64_t *tokens, const Query<NARROW> *queries,
+                   const Kept<NARROW> *keys, const Kept<NARROW> *values, int64_t start, int64_t stop, Give give) {
+    constexpr int64_t EACH = NARROW ? 2 : 1;  // columns whose values are multiplied at once
+    const int64_t d = a.d, size = d / EACH, masked = text.m - text.w,
+                  base = text.w ? masked / EACH * EACH : text.m,  // from here on a token's columns are its own
+                  tail = up(text.m - base, BLOCK);
+    thread_local std::vector<Floats> room;
+    thread_local std::vector<int64_t> places;
+    room.resize(std::max<size_t>(room.size(), (rows * (STRIDE + d + tail) + BLOCK * d + TILE * size) / LANES + 1));
+    places.resize(std::max<size_t>(places.size(), rows * tail));
+    float highest[MANY], by[MANY], *scores = (float *)room.data(), *sums = scores + rows * STRIDE,
+          *tails = sums + rows * d, *turned = tails + rows * tail, *pairs = turned + BLOCK * d;
     int64_t seen[MANY], most = 0;                                             // columns: of a row, of all
+    const auto score = [&](int64_t column, int64_t count, float *to, int64_t stride) {
+        const float *own = (const float *)(keys + column * d);
+        transpose(own, count, size, turned);
+        transpose(own + LANES * size, count - LANES, size, turned + LANES);
+        blocks<false>(queries, size, size, to, stride, rows, registers<2>(turned, BLOCK),
+                      {own + BLOCK * size, BLOCK * size});
+    };
+    for (int64_t c = 0; stop > base && c < text.m - base; c += BLOCK)
+        score(base + c, std::min(BLOCK, text.m - base - c), tails + c, tail);
     for (int64_t r = 0; r < rows; r++) {
-        most = std::max(most, seen[r] = text.causal ? text.m - text.n + tokens[r] + 1 : text.m);
+        seen[r] = text.causal ? text.m - text.n + tokens[r] + 1 : text.m;
+        if (text.w && stop > base) {
+            seen[r] = base;
+            for (int64_t c = base; c < text.m; c++)
+                if (c < masked || text.mask[tokens[r] * text.w + c - masked]) {
+                    const int64_t at = r * tail + seen[r]++ - base;
+                    tails[at] = tails[r * tail + c - base];
+                    places[at] = c;
+                }
+        }
+        most = std::max(most, seen[r]);
         highest[r] = std::numeric_limits<float>::lowest();
         by[r] = 0;
     }
-    std::fill_n(sums, rows * a.d, 0.0f);
+    std::fill_n(sums, rows * d, 0.0f);
     most = std::min(most, stop);
     for (int64_t begin = start; begin < most; begin += PANEL) {
-        const int64_t width = std::min(PANEL, most - begin), whole = (width + BLOCK - 1) / BLOCK * BLOCK,
-                      masked = text.m - text.w - begin;
-        for (int64_t c = 0; c < width; c += BLOCK) {
-            const auto score = [&](auto *x, const float *own, int64_t size) {
-                transpose(own, width - c, size, turned);
-                transpose(own + LANES * size, width - c - LANES, size, turned + LANES);
-                blocks<false>(x, size, size, scores + c, STRIDE, rows, registers<2>(turned, BLOCK),
-                              {keys + (begin + c + BLOCK) * a.d, BLOCK * a.d});
-            };
-            if (NARROW) {
-                round(keys + (begin + c) * a.d, pairs, std::min(BLOCK, width - c) * a.d);
-                score(asked, (float *)pairs, a.d / 2);
-            } else
-                score(queries, keys + (begin + c) * a.d, a.d);
-        }
+        const int64_t width = std::min(PANEL, most - begin), shared = std::clamp<int64_t>(base - begin, 0, width);
+        for (int64_t c = 0; c < shared; c += BLOCK)
+            score(begin + c, std::min(BLOCK, shared - c), scores + c, STRIDE);
         for (int64_t r = 0; r < rows; r++) {
             float *own = scores + r * STRIDE;
-            std::fill(own + std::clamp<int64_t>(seen[r] - begin, 0, width), own + whole, -INFINITY);
-            for (int64_t c = std::max<int64_t>(masked, 0); text.w && c < width; c++)
-                if (!text.mask[tokens[r] * text.w + c - masked])
-                    own[c] = -INFINITY;
-            const float before = highest[r], added = soften(own, whole, highest[r]),
+            const int64_t count = std::clamp<int64_t>(seen[r] - begin, 0, width);
+            if (count > shared)
+                std::copy_n(tails + r * tail + begin + shared - base, count - shared, own + shared);
+            std::fill(own + count, own + up(width, BLOCK), -INFINITY);
+            const float before = highest[r], added = soften(own, up(width, BLOCK), highest[r]),
                         scale = std::exp(before - highest[r]);
             by[r] = by[r] * scale + added;
-            for (int64_t i = 0; begin > start && i < a.d; i++)
-                sums[r * a.d + i] *= scale;
+            for (int64_t i = 0; begin > start && i < d; i++)
+                sums[r * d + i] *= scale;
             if (NARROW)
-                round(own, (uint32_t *)own, whole);
+                round(own, (uint32_t *)own, up(width, BLOCK));
         }
-        for (int64_t c = 0; c < width; c += TILE) {
-            const int64_t count = std::min(TILE, width - c);
-            const float *own = values + (begin + c) * a.d;
-            if (NARROW) {  // each word takes a value of two columns
+        const auto *factors = (const Query<NARROW> *)scores;
+        for (int64_t c = 0; c < shared; c += TILE) {
+            const int64_t count = std::min(TILE, shared - c);
+            const Kept<NARROW> *own = values + (begin + c) * d;
+            const float *some = (const float *)own;
+            if constexpr (NARROW) {
                 for (int64_t k = 0; k < count; k += 2)
-                    for (int64_t i = 0; i < a.d; i += LANES) {
-                        const Floats odd = k + 1 < count ? load(own + (k + 1) * a.d + i) : Floats{};
-                        const Words both = joined(__builtin_convertvector(rounded(load(own + k * a.d + i)), Words),
-                                                  __builtin_convertvector(rounded(odd), Words) << 16);
-                        std::memcpy(pairs + k / 2 * a.d + i, &both, sizeof both);
+                    for (int64_t i = 0; i < d; i += LANES) {
+                        const Words both = pair(own + k * d + i, k + 1 < count ? own + (k + 1) * d + i : nullptr);
+                        std::memcpy(pairs + k / 2 * d + i, &both, sizeof both);
                     }
-                for (int64_t i = 0; i < a.d; i += BLOCK)
-                    blocks<true>((uint32_t *)scores + c / 2, STRIDE, (count + 1) / 2, sums + i, a.d, rows,
-                                 registers<2>((float *)pairs + i, a.d));
-                continue;
+                some = pairs;
             }
             int64_t i = 0;
             const auto mix = [&](auto w) {
-                for (; i + w * LANES <= a.d; i += w * LANES)
-                    blocks<true, w>(scores + c, STRIDE, count, sums + i, a.d, rows, registers<w>(own + i, a.d),
-                                    {own + TILE * a.d, TILE * a.d, i / (w * LANES), a.d / (w * LANES)});
+                for (; i + w * LANES <= d; i += w * LANES)
+                    blocks<true, w>(factors + c / EACH, STRIDE, up(count, EACH) / EACH, sums + i, d, rows,
+                                    registers<w>(some + i, d),
+                                    {(const float *)own + TILE * size, TILE * size, i / (w * LANES), d / (w * LANES)});
             };
             if (rows <= 2 * ROWS / 4)  // few: with more sums at a time none waits for the one before
                 mix(std::integral_constant<int, 4>());
             mix(std::integral_constant<int, 2>());
-            for (int64_t r = 0; r < rows; r++)
-                for (int64_t k = 0; k < count; k++)
-                    for (int64_t rest = i; rest < a.d; rest++)
-                        sums[r * a.d + rest] += scores[r * STRIDE + c + k] * own[k * a.d + rest];
+            if constexpr (!NARROW)
+                for (int64_t r = 0; r < rows; r++)
+                    for (int64_t k = 0; k < count; k++)
+                        for (int64_t rest = i; rest < d; rest++)
+                            sums[r * d + rest] += factors[r * STRIDE + c + k] * own[k * d + rest];
         }
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t c = shared, count = seen[r] - begin; c < std::min(count, width); c += EACH) {
+                const int64_t *at = places.data() + r * tail + begin + c - base;
+                const auto factor = factors[r * STRIDE + c / EACH];
+                const Kept<NARROW> *own = values + at[0] * d;
+                float *to = sums + r * d;
+                if constexpr (NARROW)
+                    for (int64_t i = 0; i < d; i += LANES)
+                        store(to + i, plus(load(to + i), pair(own + i, c + 1 < count ? values + at[1] * d + i : nullptr),
+                                           factor));
+                else
+                    for (int64_t i = 0; i < d; i++)
+                        to[i] += factor * own[i];
+            }
     }
     for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = 0; i < a.d; i++)
-            to[r][i] = sums[r * a.d + i] / by[r];
-    for (int64_t r = 0; weights && r < rows; r++) {
-        weights[2 * r] = highest[r];
-        weights[2 * r + 1] = by[r];
-    }
+        give(r, sums + r * d, by[r], highest[r]);
 }
 
 // Positions [n] times frequencies inverse [d / 2] -> cos and sin [n][d / 2].
@@ -533,11 +599,16 @@ static void angles(const Call &a, const int64_t *positions, const float *inverse
         }
 }
 
+static inline void put(const float *x, int64_t size, float *to) { std::copy_n(x, size, to); }
+static inline void put(const float *x, int64_t size, uint16_t *to) { round(x, (uint32_t *)to, size); }
+
 // rows [n][(h + 2k) d] of queries, keys and values: norms of query and key heads, where there are weights, and rotation
 // by cos and sin [n][d / 2]. Keys and values go into the cache, kept [2k][capacity][d], behind m - n others; queries of
 // the tokens from `first` on, with attention's scale -> [k][n - first][h / k][d]. Nobody waits at its end.
+template <bool NARROW>
 static void turn(const Call &a, const Text &text, const float *rows, const float *cos, const float *sin,
-                 const float *query_norm, const float *key_norm, int64_t first, float *queries, float *kept) {
+                 const float *query_norm, const float *key_norm, int64_t first, Query<NARROW> *queries,
+                 Kept<NARROW> *kept) {
     const int64_t heads = a.h + 2 * a.k, group = a.h / a.k, half = a.d / 2;
     const float scale = 1 / std::sqrt((float)a.d);
     #pragma omp for collapse(2) nowait
@@ -545,88 +616,104 @@ static void turn(const Call &a, const Text &text, const float *rows, const float
         for (int64_t t = 0; t < text.n; t++) {
             const bool asks = head < a.h;
             const float *x = rows + (t * heads + head) * a.d, *weight = asks ? query_norm : key_norm,
-                        *c = cos + t * half, *s = sin + t * half;
-            float *y = asks ? queries + ((head / group * (text.n - first) + t - first) * group + head % group) * a.d
-                            : kept + ((head - a.h) * text.capacity + text.m - text.n + t) * a.d;
+                        *c = cos + t * half, *s = sin + t * half, by = asks ? scale : 1;
+            Kept<NARROW> *to = asks ? (Kept<NARROW> *)queries
+                                          + ((head / group * (text.n - first) + t - first) * group + head % group) * a.d
+                                    : kept + ((head - a.h) * text.capacity + text.m - text.n + t) * a.d;
             if (head >= a.h + a.k)
-                std::memcpy(y, x, a.d * sizeof(float));
+                put(x, a.d, to);
             else if (!asks || t >= first) {
-                const float by = asks ? scale : 1;
+                float y[MOST];
                 if (weight)
                     norm(x, weight, a.eps, y, a.d);
                 else
-                    std::memcpy(y, x, a.d * sizeof(float));
+                    std::copy_n(x, a.d, y);
                 #pragma omp simd
                 for (int64_t i = 0; i < half; i++) {
                     const float left = y[i], right = y[i + half];
                     y[i] = (left * c[i] - right * s[i]) * by;
                     y[i + half] = (right * c[i] + left * s[i]) * by;
                 }
+                put(y, a.d, to);
             }
         }
 }
 
-// Attention of queries [k][n - first][h / k][d], under its mask -> to [n - first][h d]. Threads share the rows,
-// or, of few rows and many columns, the columns in spans, so that none is read twice; what a row finds in its spans
-// is weighed then. Nobody waits at the end of the former.
-static void read(const Call &a, const Text &text, const float *queries, const float *kept, int64_t first, float *to,
-                 std::vector<float> &room) {
-    const int64_t group = a.h / a.k, own = group * (text.n - first), all = a.k * own, panels = text.m / PANEL;
-    const int64_t even = a.threads / std::gcd(a.k, a.threads);    // spans of each head that give all threads as much
-    // a head's rows stay together; of texts side by side no columns are shared, and nobody needs room
-    const bool whole = own <= MANY && (a.texts > 1 || even == 1 || panels > 1);
-    const int64_t spans = whole && a.texts == 1 ? std::min(even, std::max<int64_t>(panels, 1)) : 1;
-    const int64_t share = whole ? own : std::min(MANY, (all + a.threads - 1) / a.threads),
+// In how many parts the columns of a text are read, each of which finds its own sums: a panel, of few tokens, so that
+// what they are does not depend on who else is there.
+static inline int64_t spans(const Text &text) { return text.n <= FEW ? up(text.m, PANEL) / PANEL : 1; }
+
+// Numbers that `read` of a text leaves for `weigh`.
+static inline int64_t left(const Call &a, const Text &text) {
+    return spans(text) > 1 ? spans(text) * a.h * text.n * (a.d + 2) : 0;
+}
+
+// Where attention's result for a token's head is: to [n][h d].
+template <bool NARROW>
+static inline Kept<NARROW> *place(const Call &a, int64_t token, int64_t head, float *to) {
+    return (Kept<NARROW> *)(to + token * a.h * a.d) + head * a.d;
+}
+
+// Attention of queries [k][n - first][h / k][d], under its mask -> to [n - first][h d], or, where it has several spans,
+// `found`: sums of values [spans][k (n - first) h / k][d], and of each the sum of factors and the highest score. Threads
+// share rows and spans; nobody waits at the end.
+template <bool NARROW>
+static void read(const Call &a, const Text &text, const Query<NARROW> *queries, const Kept<NARROW> *kept, int64_t first,
+                 float *to, float *found) {
+    const int64_t group = a.h / a.k, own = group * (text.n - first), all = a.k * own, parted = spans(text),
+                  share = std::min(MANY, parted > 1 ? own : (all + a.threads - 1) / a.threads),
                   parts = (all + share - 1) / share;
-    if (spans > 1) {
-        #pragma omp single
-        room.resize(std::max<size_t>(room.size(), spans * all * (a.d + 2)));
-    }
-    float *const found = room.data(), *const weights = spans > 1 ? found + spans * all * a.d : nullptr;
-    const auto place = [&](int64_t row) {
-        return to + ((row % own / group) * a.h + row / own * group + row % group) * a.d;
-    };
     #pragma omp for schedule(dynamic) nowait
-    for (int64_t item = parts * spans - 1; item >= 0; item--) {               // of a prompt those first that see most
-        const int64_t part = item / spans, span = item % spans, start = panels * span / spans * PANEL;
-        const int64_t stop = span == spans - 1 ? text.m : panels * (span + 1) / spans * PANEL;
-        thread_local std::vector<Floats> scores;
-        scores.resize((MANY * (STRIDE + 2 * a.d) + (BLOCK + TILE) * a.d) / LANES + 1);
+    for (int64_t item = parts * parted - 1; item >= 0; item--) {              // of a prompt those first that see most
+        const int64_t part = item / parted, span = item % parted, start = span * PANEL,
+                      stop = parted > 1 ? start + PANEL : text.m;
         for (int64_t row = share * part, end = std::min(row + share, all); row < end;) {
-            const int64_t head = row / own, count = std::min({MANY, end - row, (head + 1) * own - row}),
-                          at = span * all + row;
-            float *out[MANY];
+            const int64_t head = row / own, count = std::min({MANY, end - row, (head + 1) * own - row});
             int64_t tokens[MANY];
-            for (int64_t r = 0; r < count; r++) {
+            for (int64_t r = 0; r < count; r++)
                 tokens[r] = first + (row + r) % own / group;
-                out[r] = weights ? found + (at + r) * a.d : place(row + r);
-            }
-            const float *keys = kept + head * text.capacity * a.d, *values = keys + a.k * text.capacity * a.d;
-            // of other sizes pairs would end within a register
-            (a.narrow && a.d % BLOCK == 0 ? attend<true> : attend<false>)(
-                a, text, count, tokens, queries + row * a.d, keys, values, start, stop, out,
-                weights ? weights + 2 * at : nullptr, (float *)scores.data());
+            const Kept<NARROW> *keys = kept + head * text.capacity * a.d;
+            attend<NARROW>(
+                a, text, count, tokens, (const Query<NARROW> *)((const Kept<NARROW> *)queries + row * a.d), keys,
+                keys + a.k * text.capacity * a.d, start, stop, [&](int64_t r, float *sums, float by, float highest) {
+                    if (parted > 1) {
+                        float *there = found + (span * all + row + r) * (a.d + 2);
+                        std::copy_n(sums, a.d, there);
+                        there[a.d] = by;
+                        there[a.d + 1] = highest;
+                    } else {
+                        for (int64_t i = 0; i < a.d; i++)
+                            sums[i] /= by;
+                        put(sums, a.d, place<NARROW>(a, tokens[r] - first, head * group + (row + r) % group, to));
+                    }
+                });
             row += count;
         }
     }
-    if (!weights)
+}
+
+// What a row found in its spans, weighed.
+template <bool NARROW>
+static void weigh(const Call &a, const Text &text, const float *found, int64_t first, float *to) {
+    const int64_t group = a.h / a.k, own = group * (text.n - first), all = a.k * own, parted = spans(text);
+    if (parted == 1)
         return;
-    #pragma omp barrier
-    #pragma omp for
+    #pragma omp for nowait
     for (int64_t row = 0; row < all; row++) {
-        float highest = std::numeric_limits<float>::lowest(), by = 0, *out = place(row);
-        for (int64_t span = 0; span < spans; span++)
-            highest = std::max(highest, weights[2 * (span * all + row)]);
-        std::fill_n(out, a.d, 0.0f);
-        for (int64_t span = 0; span < spans; span++) {
-            const int64_t at = span * all + row;
-            const float weight = weights[2 * at + 1] * std::exp(weights[2 * at] - highest);
-            by += weight;
-            for (int64_t i = 0; weight != 0 && i < a.d; i++)  // a span whose columns are all masked has found no number
-                out[i] += found[at * a.d + i] * weight;
+        float highest = std::numeric_limits<float>::lowest(), by = 0, sums[MOST];
+        const auto there = [&](int64_t span) { return found + (span * all + row) * (a.d + 2); };
+        for (int64_t span = 0; span < parted; span++)
+            highest = std::max(highest, there(span)[a.d + 1]);
+        std::fill_n(sums, a.d, 0.0f);
+        for (int64_t span = 0; span < parted; span++) {
+            const float *some = there(span), weight = std::exp(some[a.d + 1] - highest);
+            by += some[a.d] * weight;
+            for (int64_t i = 0; weight != 0 && i < a.d; i++)
+                sums[i] += some[i] * weight;
         }
         for (int64_t i = 0; i < a.d; i++)
-            out[i] /= by;
+            sums[i] /= by;
+        put(sums, a.d, place<NARROW>(a, row % own / group, row / own * group + row % group, to));
     }
 }
 
@@ -639,8 +726,31 @@ struct Layer {
 };
 
 // A layer's part of a text's cache.
-static inline float *kept(const Call &a, const Text &text, const Layer &layer) {
-    return text.cache + layer.index * 2 * a.k * text.capacity * a.d;
+template <bool NARROW>
+static inline Kept<NARROW> *kept(const Call &a, const Text &text, const Layer &layer) {
+    return (Kept<NARROW> *)text.cache + layer.index * 2 * a.k * text.capacity * a.d;
+}
+
+// Attention of all texts: rows [n][(h + 2k) d] as `turn` takes them -> to [n][h d].
+template <bool NARROW>
+static void attention(const Call &a, const Text *texts, const Layer &layer, const float *rows, const float *cos,
+                      const float *sin, int64_t first, float *queries, float *found, float *to) {
+    const auto each = [&](auto run) {
+        for (int64_t row = 0, room = 0, t = 0; t < a.texts; row += texts[t].n, room += left(a, texts[t]), t++)
+            run(texts[t], row, (Query<NARROW> *)((Kept<NARROW> *)queries + row * a.h * a.d), found + room);
+    };
+    each([&](const Text &text, int64_t row, Query<NARROW> *own, float *) {
+        turn<NARROW>(a, text, rows + row * (a.h + 2 * a.k) * a.d, cos + row * a.d / 2, sin + row * a.d / 2,
+                     layer.query_norm, layer.key_norm, first, own, kept<NARROW>(a, text, layer));
+    });
+    #pragma omp barrier
+    each([&](const Text &text, int64_t row, Query<NARROW> *own, float *room) {
+        read<NARROW>(a, text, own, kept<NARROW>(a, text, layer), first, to + row * a.h * a.d, room);
+    });
+    #pragma omp barrier
+    each([&](const Text &text, int64_t row, Query<NARROW> *, float *room) {
+        weigh<NARROW>(a, text, room, first, to + row * a.h * a.d);
+    });
 }
 
 // x [n][hidden] at these positions [n] through these layers -> to [n][hidden], and its last norm ->
@@ -653,15 +763,15 @@ extern "C" void layers(const Call *call, const Text *texts, const Layer *weights
                        float *features, float *to, float *normed) {
     const Call &a = *call;
     const int64_t wide = std::max((a.h + 2 * a.k) * a.d, 2 * a.middle), slim = std::max(a.h * a.d, a.middle),
-                  paired = a.narrow ? std::max(slim, a.inputs) / 2 : 0, half = a.d / 2, size = a.n * a.hidden;
-    thread_local std::vector<float> room, spans;  // asking the system for it each time would cost fresh pages
+                  half = a.d / 2, size = a.n * a.hidden;
+    int64_t parted = 0;
+    for (int64_t t = 0; t < a.texts; t++)
+        parted += left(a, texts[t]);
+    thread_local std::vector<float> room;  // asking the system for it each time would cost fresh pages
     room.resize(std::max<size_t>(
-        room.size(), a.n * (wide + slim + a.inputs + a.hidden + a.h * a.d + a.d + paired)));
-    std::vector<float> &found = spans;  // named in the region, it would be each thread's own
-    float *rows = room.data(), *middle = rows + a.n * wide, *own = middle + a.n * slim,
-          *added = own + a.n * a.inputs, *queries = added + size,
-          *cos = queries + a.n * a.h * a.d, *sin = cos + a.n * half;
-    uint32_t *pairs = a.narrow ? (uint32_t *)(sin + a.n * half) : nullptr;
+        room.size(), a.n * (wide + slim + a.inputs + a.hidden + a.h * a.d + a.d) + parted));
+    float *rows = room.data(), *middle = rows + a.n * wide, *own = middle + a.n * slim, *added = own + a.n * a.inputs,
+          *queries = added + size, *cos = queries + a.n * a.h * a.d, *sin = cos + a.n * half, *found = sin + a.n * half;
     const auto tell = [&](int64_t of) {
         for (int64_t tap = 0; tap < a.taps; tap++)
             if (taps[tap] == of) {
@@ -684,28 +794,26 @@ extern "C" void layers(const Call *call, const Text *texts, const Layer *weights
             if (given && !l) {
                 #pragma omp for
                 for (int64_t t = 0; t < a.n; t++) {
-                    norm(given + t * a.hidden, layer.input_norm, a.eps, own + t * a.inputs, a.hidden);
-                    norm(x + t * a.hidden, layer.hidden_norm, a.eps, own + t * a.inputs + a.hidden, a.hidden);
+                    float *both = own + t * a.inputs;
+                    norm(given + t * a.hidden, layer.input_norm, a.eps, both, a.hidden);
+                    norm(x + t * a.hidden, layer.hidden_norm, a.eps, both + a.hidden, a.hidden);
+                    if (a.narrow)
+                        round(both, (uint32_t *)both, a.inputs);
                 }
             } else
-                add_norm(to, added, layer.input_norm, a.eps, own, a.n, a.hidden);
-            multiply(layer.qkv, own, rows, a.n, l ? a.hidden : a.inputs, (a.h + 2 * a.k) * a.d, pairs);
-            for (int64_t row = 0, t = 0; t < a.texts; row += texts[t++].n)
-                turn(a, texts[t], rows + row * (a.h + 2 * a.k) * a.d, cos + row * half, sin + row * half,
-                     layer.query_norm, layer.key_norm, first, queries + row * a.h * a.d, kept(a, texts[t], layer));
+                add_norm(to, added, layer.input_norm, a.eps, own, a.n, a.hidden, a.narrow);
+            multiply(layer.qkv, own, rows, a.n, l ? a.hidden : a.inputs, (a.h + 2 * a.k) * a.d, a.narrow);
+            (a.narrow ? attention<true> : attention<false>)(a, texts, layer, rows, cos, sin, first, queries, found,
+                                                            middle);
             #pragma omp barrier
-            for (int64_t row = 0, t = 0; t < a.texts; row += texts[t++].n)
-                read(a, texts[t], queries + row * a.h * a.d, kept(a, texts[t], layer), first,
-                     middle + row * a.h * a.d, found);
-            #pragma omp barrier
-            multiply(layer.o, middle, added, n, a.h * a.d, a.hidden, pairs);
-            add_norm(wanted, added, layer.attention_norm, a.eps, own, n, a.hidden);
-            multiply(layer.gate_up, own, rows, n, a.hidden, 2 * a.middle, pairs);
-            gate(rows, middle, n, a.middle);
-            multiply(layer.down, middle, added, n, a.middle, a.hidden, pairs);
+            multiply(layer.o, middle, added, n, a.h * a.d, a.hidden, a.narrow);
+            add_norm(wanted, added, layer.attention_norm, a.eps, own, n, a.hidden, a.narrow);
+            multiply(layer.gate_up, own, rows, n, a.hidden, 2 * a.middle, a.narrow);
+            gate(rows, middle, n, a.middle, a.narrow);
+            multiply(layer.down, middle, added, n, a.middle, a.hidden, a.narrow);
             tell(layer.index);
         }
-        add_norm(to + a.first * a.hidden, added, last_norm, a.eps, normed, a.n - a.first, a.hidden);
+        add_norm(to + a.first * a.hidden, added, last_norm, a.eps, normed, a.n - a.first, a.hidden, false);
     }
 }
 
@@ -715,16 +823,21 @@ extern "C" void context(const Call *call, const Text *text, const Layer *weights
     const Call &a = *call;
     const int64_t wide = (a.h + 2 * a.k) * a.d;
     std::vector<float> room(a.n * (wide + a.d + a.inputs));
-    float *rows = room.data(), *cos = rows + a.n * wide, *sin = cos + a.n * a.d / 2;
-    uint32_t *pairs = a.narrow ? (uint32_t *)(sin + a.n * a.d / 2) : nullptr;
+    float *rows = room.data(), *cos = rows + a.n * wide, *sin = cos + a.n * a.d / 2, *pairs = sin + a.n * a.d / 2;
     #pragma omp parallel num_threads(a.threads)
     {
         angles(a, positions, inverse, cos, sin);
+        if (a.narrow)
+            round_rows(x, pairs, a.n, a.inputs);
         for (int64_t l = 0; l < a.layers; l++) {
-            multiply(weights[l].qkv, x, rows, a.n, a.inputs, wide, pairs);
+            const Layer &layer = weights[l];
+            multiply(layer.qkv, a.narrow ? pairs : x, rows, a.n, a.inputs, wide, a.narrow);
             // no token's queries are wanted
-            turn(a, *text, rows, cos, sin, weights[l].query_norm, weights[l].key_norm, a.n, rows,
-                 kept(a, *text, weights[l]));
+            if (a.narrow)
+                turn<true>(a, *text, rows, cos, sin, nullptr, layer.key_norm, a.n, nullptr, kept<true>(a, *text, layer));
+            else
+                turn<false>(a, *text, rows, cos, sin, nullptr, layer.key_norm, a.n, nullptr,
+                            kept<false>(a, *text, layer));
             #pragma omp barrier
         }
     }

@@ -1,5 +1,7 @@
-"""On a CPU, in float32 and mixed precision: matrix products, and all layers of a forward, in C++. `run.py` uses it
-where it can.
+"""On a CPU, in float32 and bfloat16: matrix products, and all layers of a forward, in C++. `run.py` uses it where it can.
+
+In bfloat16 that is what products read, attention's too, and what caches hold; all sums, norms and what goes from layer
+to layer are float32's.
 
 The products of a few rows with weights that come from memory take half as long as FBGEMM's. Between them a small
 model's step is thirty small operations a layer, and torch takes as long to dispatch one as to compute it; here one call
@@ -114,15 +116,15 @@ def constant(name: str) -> int:
 
 
 class Blocks:
-    """x @ weight.T for a matrix [outputs, inputs] in bfloat16, `outputs` being a multiple of the block, and x in
-    float32, or in bfloat16 where `narrow` says that the CPU multiplies it; its sums are float32's either way."""
+    """x @ weight.T for a matrix [outputs, inputs] that bfloat16 holds, `outputs` being a multiple of the block, in the
+    dtype that it was given in: in bfloat16 (`narrow`) x is rounded to that too. Sums are float32's either way."""
 
     def __init__(self, run: Callable, weight: Tensor, outputs: int, inputs: int, narrow: bool):
         self.run, self.weight, self.outputs, self.inputs, self.narrow, self.data_ptr = (
             run, weight, outputs, inputs, narrow, weight.data_ptr)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [..., inputs] -> [..., outputs]."""
+        """x [..., inputs] -> [..., outputs], of x's dtype."""
         dtype, (*rows, inputs) = x.dtype, x.shape
         if inputs != self.inputs or dtype != torch.float32 and not (self.narrow and dtype == torch.bfloat16):
             raise ValueError(f"a compiled product takes rows of {self.inputs} in float32"
@@ -130,21 +132,21 @@ class Blocks:
         x = x.float().contiguous()
         out = x.new_empty(*rows, self.outputs)
         self.run(self.data_ptr(), x.data_ptr(), out.data_ptr(), x.numel() // inputs, inputs, self.outputs,
-                 torch.get_num_threads(), dtype == torch.bfloat16)
+                 torch.get_num_threads(), self.narrow)
         return out.to(dtype)
 
 
 def products() -> Callable:
     """From a matrix to its Blocks, or None where it cannot have any. Raises what `library` does."""
-    code, block, narrows = library(), constant("block_size"), constant("narrows")
+    code, block = library(), constant("block_size")
 
     def blocks(weight: Tensor) -> Blocks | None:
-        outputs, inputs = weight.shape
-        if outputs % block or weight.dtype == torch.float64:
+        (outputs, inputs), narrow = weight.shape, weight.dtype == torch.bfloat16
+        if outputs % block or inputs % 2 or not (narrow or weight.dtype == torch.float32):
             return None
         weight, packed = (weight.float().contiguous(),
-                          torch.empty(outputs // block, inputs, block // 2, dtype=torch.int32))
-        return (Blocks(code.product, packed, outputs, inputs, bool(narrows) and inputs % 2 == 0)
+                          torch.empty(outputs // block, inputs // 2, block, dtype=torch.int32))
+        return (Blocks(code.product, packed, outputs, inputs, narrow)
                 if code.pack(weight.data_ptr(), packed.data_ptr(), outputs, inputs) else None)
 
     return blocks
@@ -162,11 +164,10 @@ class Layers:
     def __init__(self, network: _Decoder, layers: list[nn.Module]):
         config, code = network.config, library()
         self.run, self.read_only, self.find, self.inverse, self.norm = (
-            code.layers, code.context, code.top, network.inverse, network.norm.factors)
+            code.layers, code.context, code.top, network.inverse, network.norm.weight.float())
         self.heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.sizes = len(layers), layers[0].self_attn.qkv_proj.inputs, config.hidden_size, config.intermediate_size
-        narrow = all(linear.blocks.narrow for layer in layers for linear in matrices(layer))
-        self.dtypes = (torch.float32, torch.bfloat16) if narrow else (torch.float32,)
+        self.dtype = network.norm.weight.dtype
         self.eps, self.factor = config.rms_norm_eps, network.rope_factor
         self.weights, self.held = (Weights * len(layers))(), []  # held: alive as long as the pointers to them
         for weights, layer in zip(self.weights, layers):
@@ -175,7 +176,7 @@ class Layers:
             norms = dict(input_norm=layer.input_layernorm, attention_norm=layer.post_attention_layernorm,
                          hidden_norm=getattr(layer, "hidden_norm", None))
             norms |= dict(query_norm=attention.q_norm, key_norm=attention.k_norm) if attention.qk_norm else {}
-            found |= {name: norm.factors for name, norm in norms.items() if norm}
+            found |= {name: norm.weight.float() for name, norm in norms.items() if norm}
             self.held.append(found)
             weights.index = getattr(layer, "index", 0)
             for name, each in found.items():
@@ -183,8 +184,8 @@ class Layers:
 
     def fit(self, x: Tensor, mask: Tensor | list | None, cache: KVCache | PackedCache) -> bool:
         """Whether a forward of x [b, n, H] can be run so."""
-        return x.dtype in self.dtypes and x.shape[0] == 1 and all(
-            type(own) is KVCache and own.rows.dtype == torch.float32 and own.length + n <= own.capacity
+        return x.dtype in (self.dtype, torch.float32) and x.shape[0] == 1 and all(
+            type(own) is KVCache and own.rows.dtype == self.dtype and own.length + n <= own.capacity
             and (seen is None or seen.dim() == 2) for own, n, seen in self.texts(x, mask, cache))
 
     @staticmethod
@@ -199,7 +200,7 @@ class Layers:
         """What C is told, and what must live as long."""
         texts = [(own, n, seen if seen is None else seen.contiguous()) for own, n, seen in self.texts(x, mask, cache)]
         return (Call(x.shape[1], first, len(texts), *self.heads, torch.get_num_threads(), *self.sizes, taps,
-                     x.dtype == torch.bfloat16, self.eps, self.factor),
+                     self.dtype == torch.bfloat16, self.eps, self.factor),
                 (Text * len(texts))(*(
                     (n, own.length + n, 0 if seen is None else seen.shape[1], causal and seen is None, own.capacity,
                      own.rows.data_ptr(), None if seen is None else seen.data_ptr()) for own, n, seen in texts)),
@@ -243,9 +244,10 @@ class Layers:
 
 
 def kernels(network: _Decoder) -> Layers | None:
-    """A network's layers, or None where one of its matrices is no Blocks, or an expert's.
-    Raises what `library` does."""
+    """A network's layers, or None where one of its matrices is no Blocks, or an expert's, or where in bfloat16 a head's
+    size is no multiple of the block. Raises what `library` does."""
     layers = list(getattr(network, "layers", [network]))                           # a head is its only layer
-    dense = not network.config.moe_layers
-    return (Layers(network, layers)
-            if dense and all(linear.blocks for layer in layers for linear in matrices(layer)) else None)
+    dense, whole = not network.config.moe_layers, (network.norm.weight.dtype == torch.float32
+                                                   or network.config.head_dim % constant("block_size") == 0)
+    return (Layers(network, layers) if dense and whole
+            and all(linear.blocks for layer in layers for linear in matrices(layer)) else None)

@@ -42,7 +42,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from demo_model import at_least, cache_folder, command_line, demo_model, tool  # noqa: E402
 from kernels import kernels  # noqa: E402
 from model import (Eagle3, KVCache, Model, ModelConfig, NoCache, PackedCache, _stacked, default_taps,  # noqa: E402
-                   fetch_checkpoint, load_eagle3, load_model, mixes, unstacked)
+                   fetch_checkpoint, load_eagle3, load_model, unstacked)
 from retrieval import whole  # noqa: E402
 
 SHORT = [                                                                          # how a user's turn may begin
@@ -301,15 +301,14 @@ def generate(args) -> None:
 def writing_model(folder: Path, args) -> Model:
     """A target to write with: on a CPU, where it can, in compiled layers, which texts side by side share."""
     from run import choose_products
-    mixed, device = args.dtype == torch.bfloat16, torch.device(args.device)
-    compiled = choose_products(None, device) if not mixed or mixes(ModelConfig.read(folder), device) else None
+    compiled = choose_products(None, torch.device(args.device), args.dtype)
     if compiled:
-        model = load_model(folder, dtype=args.dtype, device=device, mixed=mixed, products=compiled)
+        model = load_model(folder, dtype=args.dtype, products=compiled)
         model.kernels = kernels(model)
         if model.kernels:
             return model
         del model
-    return load_model(folder, dtype=args.dtype, device=device, pack=False)
+    return load_model(folder, dtype=args.dtype, device=args.device, pack=False)
 
 
 def stores_features(args) -> bool:

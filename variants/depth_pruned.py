@@ -81,7 +81,7 @@ def prune(model: Model, dropped: tuple[int, ...]) -> Model:
         for name, part in old.named_children():
             if name != "layers":
                 setattr(new, name, part)
-    small.inverse, small.graphs, small.compiled, small.mixed = model.inverse, model.graphs, model.compiled, model.mixed
+    small.inverse, small.graphs, small.compiled = model.inverse, model.graphs, model.compiled
     return small.requires_grad_(False).eval()
 
 

@@ -181,7 +181,7 @@ class DFlashDrafter:
         net, start, device = self.net, self.cache.length, self.ids.device
         self.cache.reserve(start + net.block_size)
         ids = torch.tensor([[root] + [net.mask_token_id] * (net.block_size - 1)], device=device)
-        return net(self.target.wide(self.target.embed_tokens(ids)),
+        return net(self.target.embed_tokens(ids),
                    torch.arange(start, start + net.block_size, device=device)[None], self.cache)
 
     def replay(self, root: int) -> Tensor:
@@ -251,14 +251,14 @@ def load_dflash(folder: str | Path, target: Model, *, pack: bool = True) -> DFla
                      math.prod(tensors.shapes.get("d2t", (0,))))
     _fill(net, tensors, stacked(config), target.dtype, target.device,
           {name for name in tensors.shapes if name.endswith("rotary_emb.inv_freq")}, pack,
-          target.mixed, products=target.products)
+          products=target.products)
     net.graphs, net.compiled = target.graphs, target.compiled
     if hasattr(net, "d2t"):
         net.ids = _draft_ids(net.d2t, V, tensors)
         if target.config.tie_word_embeddings:                           # a packed head shows no rows, the embeddings do
             net.head = Linear(H, len(net.ids))
             net.head.weight = nn.Parameter(target.embed_tokens.weight[net.ids], requires_grad=False)
-            net.head.pack(target.mixed, False, target.products)
+            net.head.pack(target.products)
     return net
 
 

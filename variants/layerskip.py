@@ -64,18 +64,20 @@ def prepare(setup, method: str):
 
 
 class Stretch:
-    """Some of the target's layers, on x [1, n, H]; positions and mask as in Model.forward."""
+    """Some of the target's layers, on x [1, n, H]; positions and mask as in Model.forward. Returns what leaves the last
+    of them, from compiled ones in float32, and its norm."""
 
     def __init__(self, model: Model, layers: nn.ModuleList):
         self.model, self.layers, self.compiled = model, layers, model.kernels and Layers(model, layers)
 
-    def __call__(self, x: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.compiled and self.compiled.fit(x, mask, cache):
-            return self.compiled(x, positions, mask, cache, causal=mask is None)[0]
+            return self.compiled(x.float(), positions, mask, cache, causal=mask is None)[:2]
+        x = x.to(self.model.dtype)
         rotary, mask = self.model.rotary(positions, x.dtype), self.model.group(mask, x.shape[1], cache, x.dtype)
         for layer in self.layers:
             x = layer(x, rotary, mask, cache)
-        return x
+        return x, self.model.norm(x)
 
 
 class SkipDrafter(Drafter):
@@ -107,9 +109,9 @@ class SkipDrafter(Drafter):
 
     def step(self, tokens: Tensor, hidden: Tensor | None, positions: Tensor,
              mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        x = self.first(self.model.wide(self.model.embed_tokens(tokens)), positions, self.cache, mask)
+        x, normed = self.first(self.model.embed_tokens(tokens), positions, self.cache, mask)
         self.exits.append(x)
-        return self.model.lm_head(self.model.norm(x)) * self.sharpness, x
+        return self.model.lm_head(normed) * self.sharpness, x
 
     def rows(self, tree: Tree) -> list[int | None]:
         """For each node of a tree with the drafted root, which row behind the committed ones it has; None for one that
@@ -135,16 +137,16 @@ def verify_one(model: Model, sequence: Sequence, tree: Tree) -> tuple[list[int],
         reused, new = [i for i in range(n) if rows[i] is not None], [i for i in range(n) if rows[i] is None]
         order = reused + new
         positions, mask = tree.positions(length, device)[None], tree.mask(device)
-        x = model.wide(model.embed_tokens(torch.tensor([tree.tokens], device=device)))
-        x[:, reused] = torch.cat(drafter.exits, dim=1)[:, [rows[i] for i in reused]]
+        exits = torch.cat(drafter.exits, dim=1)
+        x = model.embed_tokens(torch.tensor([tree.tokens], device=device)).to(exits.dtype)
+        x[:, reused] = exits[:, [rows[i] for i in reused]]
         arrange(cache, [rows[i] for i in reused])
         cache.length += len(reused)
         if new:
-            x[:, new] = drafter.first(x[:, new], positions[:, new], cache, mask[new][:, order])
+            x[:, new] = drafter.first(x[:, new], positions[:, new], cache, mask[new][:, order])[0]
         cache.length = length
         arrange(cache, [order.index(i) for i in range(n)])           # the rows of the first layers in the tree's order
-        x = drafter.rest(x, positions, cache, mask)
-        logits = model.lm_head(model.norm(x))[0]
+        logits = model.lm_head(drafter.rest(x, positions, cache, mask)[1])[0]
         picks = sequence.sampler.pick(logits, tree)
         return tree.accept(picks), picks, logits, None
 
