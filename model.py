@@ -540,10 +540,10 @@ def half_scale(weight: Tensor) -> float:
 
 
 class Linear(Part):
-    """x @ weight.T without bias. After `pack()` on a CPU it runs on prepacked weights: `blocks` of tools/kernels.py where
-    bfloat16 holds the matrix; else, in bfloat16, oneDNN's, about twice as fast at n = 1 as plain ones, and nearly as
-    fast at n = 8 as at n = 1; in float32 FBGEMM's where float16 holds the matrix, which is half as much to read, and
-    gives a row the same numbers however many there are; else oneDNN's too."""
+    """x @ weight.T without bias. After `pack()` on a CPU it runs on prepacked weights. Where bfloat16 holds the matrix
+    these may be `blocks` of tools/kernels.py. Else, in bfloat16, oneDNN's, about twice as fast at n = 1 as plain ones,
+    and nearly as fast at n = 8 as at n = 1; in float32 FBGEMM's where float16 holds the matrix, which is half as much
+    to read, and gives a row the same numbers however many there are; else oneDNN's too."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -580,6 +580,9 @@ class Linear(Part):
             x, n = x if self.scale == 1 else x * (1 / self.scale), x.shape[-2]
             found = torch.ops.quantized.linear_dynamic_fp16.default(in_threes(x), self.halves)
             return found if found.shape[-2] == n else found[..., :n, :]
+        held = self.weight if self.packed is None else self.packed
+        if x.dtype != held.dtype:  # behind compiled layers
+            return self(x.to(held.dtype)).to(x.dtype)
         if self.packed is None:
             return F.linear(x, self.weight)
         n = x.shape[-2]

@@ -402,7 +402,8 @@ def calibration(model: Model, checkpoint: str | None = None) -> Path:
     """Where the settings are kept that were calibrated for a checkpoint; None: the demo model. With compiled products
     nodes are cheaper, by what the CPU can."""
     name = Path(checkpoint).name if checkpoint else "smollm2-135m-instruct"
-    return CALIBRATION / f"{name}-{model.device.type}-{instructions() if model.products else model.precision}.json"
+    kind = instructions(model.dtype) if model.products else model.precision
+    return CALIBRATION / f"{name}-{model.device.type}-{kind}.json"
 
 
 def asked(args) -> set[str]:

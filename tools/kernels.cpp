@@ -1,13 +1,13 @@
-// What run.py runs on a CPU in float32 and mixed precision: products with matrices W that bfloat16 holds, and with them
-// all layers of a decoder. tools/kernels.py calls it through ctypes. What holds an `omp for` is called by all threads,
-// which share its work and, unless it says otherwise, go on together.
+// What run.py runs on a CPU in float32 and bfloat16: products with matrices W that bfloat16 holds, and with them all
+// layers of a decoder. tools/kernels.py calls it through ctypes. In bfloat16 (NARROW, where it is a constant) products
+// read their inputs in pairs of it, attention's too, and caches hold it; all else is float32. What holds an `omp for` is
+// called by all threads, which share its work and, unless it says otherwise, go on together.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <numeric>
 #include <type_traits>
 #include <vector>
 #ifdef __AVX512BF16__
@@ -28,9 +28,7 @@ constexpr int64_t AHEAD = 1024, NEAR = 3;
 #endif
 constexpr int64_t BLOCK = 2 * LANES;
 constexpr int64_t MUCH = 2048;                 // numbers, from which on small work is worth a second thread
-constexpr int64_t MOST = 4096;                 // numbers in a head
-
-#define INLINE __attribute__((always_inline))
+constexpr int64_t MOST = 4096;                 // numbers in a head, as model.py allows
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
@@ -52,16 +50,6 @@ static inline void with_constant(int64_t rows, Run run) {
         run(std::integral_constant<int, R>());
     else if constexpr (R > 1)
         with_constant<R - 1>(rows, run);
-}
-
-// Calls `run` with 0 to N - 1 as constants: what they number is held in registers (of loops that are unrolled later GCC
-// keeps it in memory too).
-template <int N, class Run>
-static inline void repeat(Run run) {
-    if constexpr (N > 0) {
-        repeat<N - 1>(run);
-        run(std::integral_constant<int, N - 1>());
-    }
 }
 
 // Up to LANES rows of d numbers, what lacks being 0 -> [d][LANES], rows BLOCK apart: squares of registers are riffled
@@ -115,24 +103,25 @@ static inline Floats plus(Floats sum, Words weights, uint32_t x) {
 #endif
 }
 
-// R rows of x, `apart` from each other, times the W registers of weights that `weights` gives for each of its inputs,
-// EACH of which it gives at once -> y [R][W LANES], rows `stride` apart; ADD: to what is there. X: float, or pairs of
-// bfloat16.
-template <bool ADD, int W, int EACH, int R, class X, class Weights>
-__attribute__((noinline)) static void block(const X *x, int64_t apart, int64_t inputs, float *y, int64_t stride, Weights weights) {
-    Floats sums[R * W] = {};
-    const auto all = [&](auto run) INLINE { repeat<R * W>([&](auto i) INLINE { run(i / W, i % W, sums[i]); }); };
-    if (ADD)
-        all([&](int r, int i, Floats &own) INLINE { own = load(y + r * stride + i * LANES); });
+// R rows of x, `apart` from each other, times the W registers of weights that `weights` gives for each of its inputs
+// -> y [R][W LANES], rows `stride` apart; ADD: to what is there. X: float, or pairs of bfloat16.
+template <bool ADD, int W, int R, class X, class Weights>
+static inline void block(const X *x, int64_t apart, int64_t inputs, float *y, int64_t stride, Weights weights) {
+    Floats sums[R][W] = {};
+    for (int r = 0; ADD && r < R; r++)
+        for (int i = 0; i < W; i++)
+            sums[r][i] = load(y + r * stride + i * LANES);
     #pragma GCC unroll 2
-    for (int64_t k = 0; k < inputs; k += EACH) {
-        std::conditional_t<std::is_same_v<X, float>, Floats, Words> some[EACH * W];
-        weights(k / EACH, some);
-        repeat<EACH>([&](auto each) INLINE {
-            all([&](int r, int i, Floats &own) INLINE { own = plus(own, some[each * W + i], x[r * apart + k + each]); });
-        });
+    for (int64_t k = 0; k < inputs; k++) {
+        std::conditional_t<std::is_same_v<X, float>, Floats, Words> some[W];
+        weights(k, some);
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < W; i++)
+                sums[r][i] = plus(sums[r][i], some[i], x[r * apart + k]);
     }
-    all([&](int r, int i, Floats &own) INLINE { store(y + r * stride + i * LANES, own); });
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < W; i++)
+            store(y + r * stride + i * LANES, sums[r][i]);
 }
 
 // Numbers wanted soon, and which of so many shares of them is to be asked for now.
@@ -143,7 +132,7 @@ struct Soon {
 
 // The same for any number of rows, in equal parts whose sums stay in registers. Before each a part of what is wanted
 // soon is asked for: memory would rest while the same weights meet the other rows.
-template <bool ADD, int W = 2, int EACH = 1, class X, class Weights>
+template <bool ADD, int W = 2, class X, class Weights>
 static inline void blocks(const X *x, int64_t apart, int64_t inputs, float *y, int64_t stride, int64_t rows,
                           Weights weights, Soon soon = {}) {
     constexpr int64_t most = 2 * ROWS / W;
@@ -154,7 +143,7 @@ static inline void blocks(const X *x, int64_t apart, int64_t inputs, float *y, i
         for (int64_t i = soon.count * share / shares; i < soon.count * (share + 1) / shares; i += 16)
             __builtin_prefetch(soon.from + i);
         with_constant<most>(end - begin, [&](auto r) {
-            block<ADD, W, EACH, r>(x + begin * apart, apart, inputs, y + begin * stride, stride, weights);
+            block<ADD, W, r>(x + begin * apart, apart, inputs, y + begin * stride, stride, weights);
         });
     }
 }
@@ -171,19 +160,25 @@ static inline auto registers(const float *from, int64_t apart) {
 extern "C" const int64_t block_size = BLOCK;
 
 // A matrix [outputs][inputs] -> W as `product` takes it; returns whether bfloat16 holds all of it.
-extern "C" int64_t pack(const float *matrix, uint32_t *w, int64_t outputs, int64_t inputs) {
+extern "C" int64_t pack(const float *matrix, uint32_t *w, int64_t outputs, int64_t inputs, int64_t narrow) {
     std::vector<float> turned(inputs * BLOCK);
     Words lost{};
+    const auto put = [&](int64_t low, int64_t high) {
+        const Words one = (Words)load(&turned[low]), other = (Words)load(&turned[high]),
+                    pairs = one >> 16 | (other & 0xffff0000);
+        lost |= (one | other) << 16;
+        std::memcpy(w, &pairs, sizeof pairs);
+        w += LANES;
+    };
     for (int64_t o = 0; o < outputs; o += BLOCK, matrix += BLOCK * inputs) {
         for (int64_t half = 0; half < BLOCK; half += LANES)
             transpose(matrix + half * inputs, LANES, inputs, turned.data() + half);
-        for (int64_t k = 0; k < inputs; k += 2)
-            for (int64_t half = 0; half < BLOCK; half += LANES, w += LANES) {
-                const Words low = (Words)load(&turned[k * BLOCK + half]),
-                            high = (Words)load(&turned[(k + 1) * BLOCK + half]), pairs = low >> 16 | (high & 0xffff0000);
-                lost |= (low | high) << 16;
-                std::memcpy(w, &pairs, sizeof pairs);
-            }
+        for (int64_t i = 0; i < inputs * BLOCK; i += BLOCK)
+            if (!narrow)
+                put(i, i + LANES);
+            else if (i / BLOCK % 2 == 0)
+                for (int64_t half = 0; half < BLOCK; half += LANES)
+                    put(i + half, i + half + BLOCK);
     }
     uint32_t any = 0;
     for (int64_t lane = 0; lane < LANES; lane++)
@@ -191,40 +186,43 @@ extern "C" int64_t pack(const float *matrix, uint32_t *w, int64_t outputs, int64
     return any == 0;
 }
 
-// A block's weights of two inputs.
-static inline void two(const uint32_t *from, Words *some) { std::memcpy(some, from, 2 * sizeof *some); }
-
-static inline void two(const uint32_t *from, Floats *some) {
-    Words both[2];
-    two(from, both);
-    for (int i = 0; i < 2; i++) {
-        some[i] = (Floats)(both[i] << 16);
-        some[2 + i] = (Floats)(both[i] & 0xffff0000);
-    }
+// A block's weights of one input; or, in pairs, of two. (Each register by itself: were they copied at once, GCC would
+// keep sums in memory.)
+static inline void weigh(const uint32_t *from, Floats *some) {
+    Words both;
+    std::memcpy(&both, from, sizeof both);
+    some[0] = (Floats)(both << 16);
+    some[1] = (Floats)(both & 0xffff0000);
 }
 
-// x [rows][inputs], y [rows][outputs]; outputs is a multiple of BLOCK, inputs is even. A few rows of a small model wait
-// for W to arrive from memory, and a CPU's own prefetching stops at each page: here W is asked for AHEAD words early. It
-// comes as words [outputs / BLOCK][inputs / 2][BLOCK], an output's weights of two inputs in each, so that it is read
-// from front to back, once for up to ROWS rows. Where rows take TURNS over a block, memory would rest in all but the
-// first: in each, a part of the next block is asked for, a little with each weight (a block is large: all at once, as
-// `blocks` asks for what is wanted soon, was slower).
+static inline void weigh(const uint32_t *from, Words *some) {
+    for (int i = 0; i < 2; i++)
+        std::memcpy(some + i, from + i * LANES, sizeof *some);
+}
+
+// x [rows][inputs], y [rows][outputs]; outputs is a multiple of BLOCK. A few rows of a small model wait for W to arrive
+// from memory, and a CPU's own prefetching stops at each page: here W is asked for AHEAD words early. It comes as words
+// [outputs / BLOCK][inputs][LANES], the weights of an output in their low halves and of the LANES-th after it in their
+// high ones, or, for x in pairs, [outputs / BLOCK][inputs / 2][BLOCK], an output's weights of two inputs in each: so it
+// is read from front to back, once for up to ROWS rows. Where rows take two TURNS over a block, memory would rest in
+// the second: in each, half of the next block is asked for, a little with each weight (a block is large: all at once,
+// as `blocks` asks for what is wanted soon, was slower).
 template <int TURNS, class X>
 static void stream(const uint32_t *w, const X *x, float *y, int64_t rows, int64_t inputs, int64_t outputs) {
-    constexpr int EACH = std::is_same_v<X, float> ? 2 : 1;
-    const int64_t size = inputs / 2 * BLOCK;
+    constexpr int64_t EACH = std::is_same_v<X, float> ? 1 : 2, STEP = EACH * LANES;  // inputs in an x; their words
+    const int64_t size = inputs * LANES;
     #pragma omp for schedule(guided)
     for (int64_t o = 0; o < outputs; o += BLOCK)
         for (int64_t turn = 0; turn < TURNS; turn++) {
             const uint32_t *own = w + o / BLOCK * size;
             const int64_t begin = rows * turn / TURNS, end = rows * (turn + 1) / TURNS,
                           ahead = TURNS == 1 ? AHEAD : size + turn * size / TURNS;
-            blocks<false, 2, EACH>(x + begin * inputs, inputs, inputs / 2 * EACH, y + begin * outputs + o, outputs,
-                                   end - begin, [own, ahead](int64_t k, auto *some) INLINE {
-                                       for (int64_t i = 0; i < BLOCK / TURNS; i += LANES)
-                                           __builtin_prefetch(own + ahead + k * (BLOCK / TURNS) + i, 0, NEAR);
-                                       two(own + k * BLOCK, some);
-                                   });
+            blocks<false>(x + begin * inputs, inputs, inputs / EACH, y + begin * outputs + o, outputs, end - begin,
+                          [own, ahead](int64_t k, auto *some) {
+                              for (int64_t i = 0; i < STEP / TURNS; i += LANES)
+                                  __builtin_prefetch(own + ahead + k * (STEP / TURNS) + i, 0, NEAR);
+                              weigh(own + k * STEP, some);
+                          });
         }
 }
 
@@ -241,16 +239,12 @@ static void multiply_all(const uint32_t *w, const X *x, float *y, int64_t rows, 
 #ifdef __AVX512BF16__
 extern "C" const int64_t narrows = true;
 static inline Halves rounded(Floats x) { return (Halves)_mm512_cvtneps_pbh((__m512)x); }
-static inline Words joined(Words low, Words high) {
-    return (Words)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)low, (__m512i)high);
-}
 #else
 extern "C" const int64_t narrows = false;
 static inline Halves rounded(Floats x) {
     const Words bits = (Words)x;
     return __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Halves);
 }
-static inline Words joined(Words low, Words high) { return (low & 0xffff) | (high & 0xffff0000); }
 #endif
 
 // x [count], an even number -> rounded to bfloat16, as pairs; they may take its place.
@@ -479,8 +473,8 @@ static inline Words pair(const uint16_t *even, const uint16_t *odd) {
 }
 
 // Up to MANY rows of queries [rows][d], of these tokens, over the columns from `start` to `stop` of one head's keys and
-// values [m][d] -> `give` gets, of each row, the sum of values [d], each times e^(score - highest), the sum of all these
-// factors, and the highest score.
+// values [m][d] -> `give` gets, of each row, the sum of values [d], each times e^(score - highest), the sum of all
+// these factors, and the highest score.
 template <bool NARROW, class Give>
 static void attend(const Call &a, const Text &text, int64_t rows, const int64_t *tokens, const Query<NARROW> *queries,
                    const Kept<NARROW> *keys, const Kept<NARROW> *values, int64_t start, int64_t stop, Give give) {
@@ -575,9 +569,10 @@ static void attend(const Call &a, const Text &text, int64_t rows, const int64_t 
                 const Kept<NARROW> *own = values + at[0] * d;
                 float *to = sums + r * d;
                 if constexpr (NARROW)
-                    for (int64_t i = 0; i < d; i += LANES)
-                        store(to + i, plus(load(to + i), pair(own + i, c + 1 < count ? values + at[1] * d + i : nullptr),
-                                           factor));
+                    for (int64_t i = 0; i < d; i += LANES) {
+                        const uint16_t *next = c + 1 < count ? values + at[1] * d + i : nullptr;
+                        store(to + i, plus(load(to + i), pair(own + i, next), factor));
+                    }
                 else
                     for (int64_t i = 0; i < d; i++)
                         to[i] += factor * own[i];
@@ -643,7 +638,7 @@ static void turn(const Call &a, const Text &text, const float *rows, const float
 // what they are does not depend on who else is there.
 static inline int64_t spans(const Text &text) { return text.n <= FEW ? up(text.m, PANEL) / PANEL : 1; }
 
-// Numbers that `read` of a text leaves for `weigh`.
+// Numbers that `read` of a text leaves for `join`.
 static inline int64_t left(const Call &a, const Text &text) {
     return spans(text) > 1 ? spans(text) * a.h * text.n * (a.d + 2) : 0;
 }
@@ -655,8 +650,8 @@ static inline Kept<NARROW> *place(const Call &a, int64_t token, int64_t head, fl
 }
 
 // Attention of queries [k][n - first][h / k][d], under its mask -> to [n - first][h d], or, where it has several spans,
-// `found`: sums of values [spans][k (n - first) h / k][d], and of each the sum of factors and the highest score. Threads
-// share rows and spans; nobody waits at the end.
+// `found`: sums of values [spans][k (n - first) h / k][d], and of each the sum of factors and the highest score.
+// Threads share rows and spans; nobody waits at the end.
 template <bool NARROW>
 static void read(const Call &a, const Text &text, const Query<NARROW> *queries, const Kept<NARROW> *kept, int64_t first,
                  float *to, float *found) {
@@ -694,7 +689,7 @@ static void read(const Call &a, const Text &text, const Query<NARROW> *queries, 
 
 // What a row found in its spans, weighed.
 template <bool NARROW>
-static void weigh(const Call &a, const Text &text, const float *found, int64_t first, float *to) {
+static void join(const Call &a, const Text &text, const float *found, int64_t first, float *to) {
     const int64_t group = a.h / a.k, own = group * (text.n - first), all = a.k * own, parted = spans(text);
     if (parted == 1)
         return;
@@ -749,7 +744,7 @@ static void attention(const Call &a, const Text *texts, const Layer &layer, cons
     });
     #pragma omp barrier
     each([&](const Text &text, int64_t row, Query<NARROW> *, float *room) {
-        weigh<NARROW>(a, text, room, first, to + row * a.h * a.d);
+        join<NARROW>(a, text, room, first, to + row * a.h * a.d);
     });
 }
 
@@ -832,12 +827,11 @@ extern "C" void context(const Call *call, const Text *text, const Layer *weights
         for (int64_t l = 0; l < a.layers; l++) {
             const Layer &layer = weights[l];
             multiply(layer.qkv, a.narrow ? pairs : x, rows, a.n, a.inputs, wide, a.narrow);
-            // no token's queries are wanted
-            if (a.narrow)
-                turn<true>(a, *text, rows, cos, sin, nullptr, layer.key_norm, a.n, nullptr, kept<true>(a, *text, layer));
-            else
-                turn<false>(a, *text, rows, cos, sin, nullptr, layer.key_norm, a.n, nullptr,
-                            kept<false>(a, *text, layer));
+            const auto write = [&](auto narrow) {               // no token's queries are wanted
+                turn<narrow>(a, *text, rows, cos, sin, nullptr, layer.key_norm, a.n, nullptr,
+                             kept<narrow>(a, *text, layer));
+            };
+            a.narrow ? write(std::true_type()) : write(std::false_type());
             #pragma omp barrier
         }
     }

@@ -1,4 +1,5 @@
-"""On a CPU, in float32 and bfloat16: matrix products, and all layers of a forward, in C++. `run.py` uses it where it can.
+"""On a CPU, in float32 and bfloat16: matrix products, and all layers of a forward, in C++. `run.py` uses it where it
+can.
 
 In bfloat16 that is what products read, attention's too, and what caches hold; all sums, norms and what goes from layer
 to layer are float32's.
@@ -91,7 +92,7 @@ def _library(command: tuple[str, ...], kept: Path) -> ctypes.CDLL:
     try:
         code = ctypes.CDLL(str(folder / "kernels.so"))
         code.product.argtypes = [POINTER] * 3 + [NUMBER] * 5
-        code.pack.argtypes = [POINTER] * 2 + [NUMBER] * 2
+        code.pack.argtypes = [POINTER] * 2 + [NUMBER] * 3
         code.layers.argtypes = [POINTER] * 12
         code.context.argtypes = [POINTER] * 6
         code.top.argtypes = [POINTER] + [NUMBER] * 5 + [POINTER] * 2
@@ -102,10 +103,10 @@ def _library(command: tuple[str, ...], kept: Path) -> ctypes.CDLL:
     return code
 
 
-def instructions() -> str:
-    """What the library was compiled for."""
+def instructions(dtype: torch.dtype) -> str:
+    """What the library was compiled for, as far as products in a dtype use it."""
     capability = torch.backends.cpu.get_cpu_capability()
-    wide, narrows = constant("block_size") == 32, constant("narrows")
+    wide, narrows = constant("block_size") == 32, dtype == torch.bfloat16 and constant("narrows")
     return (("avx512-bf16" if narrows else "avx512") if wide else
             "avx2" if capability.startswith("AVX") else capability.lower().replace(" ", "-"))
 
@@ -142,12 +143,12 @@ def products() -> Callable:
 
     def blocks(weight: Tensor) -> Blocks | None:
         (outputs, inputs), narrow = weight.shape, weight.dtype == torch.bfloat16
-        if outputs % block or inputs % 2 or not (narrow or weight.dtype == torch.float32):
+        if outputs % block or narrow and inputs % 2 or not (narrow or weight.dtype == torch.float32):
             return None
         weight, packed = (weight.float().contiguous(),
-                          torch.empty(outputs // block, inputs // 2, block, dtype=torch.int32))
+                          torch.empty(outputs // block, inputs, block // 2, dtype=torch.int32))
         return (Blocks(code.product, packed, outputs, inputs, narrow)
-                if code.pack(weight.data_ptr(), packed.data_ptr(), outputs, inputs) else None)
+                if code.pack(weight.data_ptr(), packed.data_ptr(), outputs, inputs, narrow) else None)
 
     return blocks
 

@@ -409,30 +409,26 @@ def test_flags_reach_what_they_are_for(command, folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("multiplies", [False, True])
-def test_precision_is_as_named_or_what_machine_and_model_allow(multiplies, folder, monkeypatch):
-    """Mixed where bfloat16 is multiplied and layers are compiled, but for a mixture of experts."""
+def test_precision_is_as_named_or_what_the_machine_allows(multiplies, folder, monkeypatch):
+    """Bfloat16 where it is multiplied, in compiled layers where there is a compiler."""
     class Loaded(Exception):
         pass
 
-    def load(*_, dtype, mixed, products, **rest):
-        raise Loaded(dtype, mixed, bool(products))
+    def load(*_, dtype, products, **rest):
+        raise Loaded(dtype, bool(products))
 
     monkeypatch.setattr(run, "load_model", load)
     monkeypatch.setattr(run, "multiplies_bfloat16", lambda: multiplies)
     monkeypatch.setattr(run.torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(run, "products", lambda: len)
-    narrow, wide = (torch.bfloat16, False, False), (torch.float32, False, False)
-    mixed, compiled = (torch.bfloat16, True, True), (torch.float32, False, True)
-    for compiler, dense, more, chosen in ((True, True, (), mixed if multiplies else compiled),
-                                          (True, False, (), narrow if multiplies else compiled),
-                                          (True, True, ("--no-compile",), narrow if multiplies else wide),
-                                          (False, True, (), narrow if multiplies else wide),
-                                          (True, True, ("--dtype", "bfloat16"), narrow),
-                                          (True, True, ("--dtype", "mixed"), mixed),
-                                          (True, True, ("--dtype", "float32"), compiled),
-                                          (True, True, ("--dtype", "float64"), (torch.float64, False, False))):
+    best = torch.bfloat16 if multiplies else torch.float32
+    for compiler, more, chosen in ((True, (), (best, True)), (True, ("--no-compile",), (best, False)),
+                                   (False, (), (best, False)),
+                                   (True, ("--dtype", "bfloat16"), (torch.bfloat16, multiplies)),
+                                   (False, ("--dtype", "bfloat16", "--compile"), (torch.bfloat16, True)),
+                                   (True, ("--dtype", "float32"), (torch.float32, True)),
+                                   (True, ("--dtype", "float64"), (torch.float64, False))):
         monkeypatch.setattr(run.shutil, "which", lambda _: compiler or None)
-        monkeypatch.setattr(run, "mixes", lambda *_: dense)
         with pytest.raises(Loaded) as loaded:
             run.set_up(run.parse(["x", "--model", str(folder), "--device", "cpu", *more]))
         assert loaded.value.args == chosen

@@ -737,7 +737,7 @@ def chosen_device(name: str | None) -> str:
 
 def chosen_dtype(device: str, name: str = "auto") -> torch.dtype:
     from run import choose_dtype
-    return choose_dtype(name, torch.device(device))[0]
+    return choose_dtype(name, torch.device(device))
 
 
 def narrow(device: str | torch.device) -> torch.autocast:

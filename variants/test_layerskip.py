@@ -112,9 +112,11 @@ def test_verification_runs_early_layers_for_new_nodes_only_and_its_logits_and_ro
 
 @needs_compiler
 @pytest.mark.parametrize("early", [1, 7, 29])
-def test_compiled_stretches_are_the_layers(early):
-    """Each writes its own layers' rows alone, and gives what these layers give, under any mask."""
-    model = load_model(demo_model(), dtype=torch.float32, products=kernels.products())
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
+def test_compiled_stretches_are_the_layers(early, dtype, bound):
+    """Each writes its own layers' rows alone, and gives what these layers give, under any mask; one behind the other,
+    to the last bit what all layers give."""
+    model = load_model(demo_model(), dtype=dtype, products=kernels.products())
     model.kernels, found, tree = kernels.kernels(model), [], Tree([5, 6, 7, 8], [-1, 0, 1, 1], [0, 1, 2, 2])
     drafter = SkipDrafter(model, early)
     assert drafter.first.compiled and drafter.rest.compiled
@@ -126,12 +128,15 @@ def test_compiled_stretches_are_the_layers(early):
                 for stretch in (drafter.first, drafter.rest):
                     stretch = stretch if compiled else copy.copy(stretch)
                     stretch.compiled = compiled and stretch.compiled
-                    x = stretch(x, tree.positions(0)[None], cache, mask)
-                    outputs += [x, cache.rows.clone()]
+                    x, normed = stretch(x, tree.positions(0)[None], cache, mask)
+                    outputs += [x, normed, cache.rows.clone()]
+                if compiled:
+                    whole = model(torch.tensor([tree.tokens]), tree.positions(0)[None], model.new_cache(8), mask)[0]
+                    assert torch.equal(model.lm_head(normed), whole)
             found.append(outputs)
         ours, theirs = found[-2:]
-        assert not ours[1][early:].any()
-        assert all((a - b).abs().max() < 1e-3 * b.abs().max() for a, b in zip(ours, theirs))
+        assert not ours[2][early:].any()
+        assert all((a - b).abs().max() < bound * b.abs().max() for a, b in zip(ours, theirs))
 
 
 def test_calibration_scores_an_exit_as_the_model_without_the_layers_behind_it(tmp_path, monkeypatch, capsys):
