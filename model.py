@@ -894,7 +894,7 @@ class Model(_Decoder):
         PackedCache. taps: layers whose outputs to return (-1 = the embeddings), for a draft head. last_only: logits of
         the last token alone; where attention is causal, the last layer then computes only keys and values for the
         others. Returns logits [b, n or 1, V] and features [b, n, len(taps) * H], or None without taps; from compiled
-        layers logits in float32.
+        layers both in float32.
         """
         if self.graphed(tokens, cache, mask):
             logits, features = self.replay((tokens, positions), cache, mask, taps=taps)
@@ -959,6 +959,7 @@ class Eagle3(_Decoder):
         if self.kernels and self.kernels.fit(hidden, mask, cache):
             hidden, normed, _ = self.kernels(hidden, positions, mask, cache, causal=True, alone=alone, given=x)
         else:
+            hidden, x = (each.to(self.norm.weight.dtype) for each in (hidden, x))
             x = torch.cat((self.input_layernorm(x), self.hidden_norm(hidden)), dim=-1)                      # [b, n, 2H]
             mask = None if alone else self.group(mask, tokens.shape[1], cache, x.dtype)
             hidden = (hidden[:, -1:] if alone else hidden) + self.self_attn(

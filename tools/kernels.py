@@ -217,12 +217,12 @@ class Layers:
     def __call__(self, x: Tensor, positions: Tensor, mask: Tensor | list | None, cache: KVCache | PackedCache,
                  taps: tuple[int, ...] = (), causal: bool = False, alone: bool = False,
                  given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What comes out of the last layer [1, n, H], its norm, and features [1, n, len(taps) * H] as `Model.forward`
-        returns them. positions [1, n]. mask: bool [n, w], True = attend, for the last w columns; None: all are attended
+        """In float32 what comes out of the last layer [1, n, H], its norm, and features [1, n, len(taps) * H] as
+        `Model.forward` returns them. positions [1, n]. mask: bool [n, w], True = attend, for the last w columns; None: all are attended
         to, or with `causal` those up to each token's own; a list of such masks with a PackedCache. alone: the last
         layer gives what the last token needs, [1, 1, H]. given: a head's embeddings [1, n, H]."""
         _, n, size = x.shape
-        first, dtype = n - 1 if alone else 0, x.dtype
+        first = n - 1 if alone else 0
         call, texts, held = self.call(x, cache, mask, causal, first, len(taps))
         x, positions = x.float().contiguous(), positions.contiguous()
         given = given if given is None else given.to(x).contiguous()
@@ -232,7 +232,7 @@ class Layers:
         pointers = [each if each is None else each.data_ptr() for each in tensors]
         pointers[5] = (NUMBER * len(taps))(*taps)
         self.run(*map(ctypes.addressof, (call, texts, self.weights)), *pointers)
-        return out[:, first:].to(dtype), normed, features if features is None else features.to(dtype)
+        return out[:, first:], normed, features
 
     def top(self, logits: Tensor, k: int, logs: bool = False) -> tuple[Tensor, Tensor]:
         """`topk` of each row [n, V] in float32, of equals the first, best first; with `logs`, of its log-softmax. A row

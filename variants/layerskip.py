@@ -72,7 +72,7 @@ class Stretch:
 
     def __call__(self, x: Tensor, positions: Tensor, cache: KVCache, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.compiled and self.compiled.fit(x, mask, cache):
-            return self.compiled(x.float(), positions, mask, cache, causal=mask is None)[:2]
+            return self.compiled(x, positions, mask, cache, causal=mask is None)[:2]
         x = x.to(self.model.dtype)
         rotary, mask = self.model.rotary(positions, x.dtype), self.model.group(mask, x.shape[1], cache, x.dtype)
         for layer in self.layers:
