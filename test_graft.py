@@ -1824,8 +1824,9 @@ def test_compiled_layers_in_bfloat16(compiler, tmp_path_factory, monkeypatch):
 @pytest.mark.parametrize("compiler", [COMPILER, narrower])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_finds_the_same_bits_alone_and_in_any_tree(compiler, dtype, tmp_path_factory, monkeypatch):
-    """Logits, features and cache rows of a path, token by token, and in a tree where other nodes stand between; behind
-    any length, where columns pass from one panel to the next, with other threads."""
+    """Logits, features and cache rows of a path, token by token, and in a tree where other nodes stand between; of a
+    prompt, in one piece and in others; behind any length, where columns pass from one panel to the next, with other
+    threads."""
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("CXX", compiler)
     shapes = st.sampled_from([(4, 2, 64), (3, 1, 32), (2, 2, 128)] + [(6, 1, 20)] * (dtype == torch.float32))
@@ -1836,9 +1837,18 @@ def test_a_token_finds_the_same_bits_alone_and_in_any_tree(compiler, dtype, tmp_
         generator, before, n = torch.Generator().manual_seed(seed), torch.get_num_threads(), count + others
         twin, _ = in_c(tiny(seed % 100, num_hidden_layers=3, hidden_size=64, intermediate_size=96, **dict(zip(
             ("num_attention_heads", "num_key_value_heads", "head_dim"), shape)), vocab_size=64), dtype)
-        cache = KVCache(twin.config, length + n, dtype, "cpu")
-        cache.rows.copy_(torch.randn(cache.rows.shape, generator=generator))
-        tokens = torch.randint(0, 64, (n,), generator=generator)
+        cache, pieces = (KVCache(twin.config, length + n, dtype, "cpu") for _ in range(2))
+        text, tokens = (torch.randint(0, 64, (size,), generator=generator) for size in (length, n))
+        with torch.inference_mode():
+            whole = twin(text[None], torch.arange(length)[None], cache, taps=(1,))
+            while pieces.length < length:
+                size = min(int(torch.randint(1, 200, (), generator=generator)), length - pieces.length)
+                positions = torch.arange(pieces.length, pieces.length + size)
+                found = twin(text[None, positions], positions[None], pieces, taps=(1,))
+                assert all(torch.equal(own[:, -size:], each[:, positions]) for own, each in zip(found, whole))
+                pieces.length += size
+        assert torch.equal(cache.rows, pieces.rows)
+        twin.runs.clear()
         # which nodes of the tree are the path, from the root on; the others hang anywhere
         path = [0, *(1 + torch.randperm(n - 1, generator=generator)[:count - 1].sort()[0]).tolist()]
         parents = [int(torch.randint(0, max(i, 1), (), generator=generator)) for i in range(n)]

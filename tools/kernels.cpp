@@ -409,10 +409,10 @@ extern "C" void top(const float *x, int64_t n, int64_t size, int64_t count, int6
 
 // ----------------------------------------------------------------------------------------------------------- attention
 //
-// For some rows of queries and some columns at a time, whose scores stay near, with the softmax of Milakov and
-// Gimelshein (arXiv 1805.02867): what was summed so far is scaled down where a larger score is met. A token's columns
-// are told from each other by their place among those that it attends to: so a token finds the same numbers, to the
-// last bit, alone and in any tree behind the same text.
+// PANEL columns are read at a time, so that their scores stay near; what a row finds in each panel is added up in their
+// order, with the softmax of Milakov and Gimelshein (arXiv 1805.02867). A column's place is the one among those that the
+// token attends to. So what a token finds depends on the text before it alone, to the last bit: not on what else is in
+// the forward, nor on the pieces that a prompt is read in.
 
 struct Text {
     // tokens; columns, their own n among them; the last w of them have a mask [n][w]; whether a token sees none behind
@@ -435,7 +435,7 @@ struct Call {
 };
 
 constexpr int64_t MANY = 96, PANEL = 512, TILE = 64;   // rows, columns, and columns whose values stay nearest
-constexpr int64_t FEW = 128;                           // tokens, up to which each panel is read on its own
+constexpr int64_t FEW = 128;                           // tokens, up to which threads share panels too
 // of scores: rows a power of two apart would drive each other out of the cache
 constexpr int64_t STRIDE = PANEL + 16;
 
@@ -446,17 +446,17 @@ using Query = std::conditional_t<NARROW, uint32_t, float>;
 
 static inline int64_t up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 
-// Each of these scores, their number being a multiple of LANES, becomes e^(score - highest); returns their sum.
-// `highest` rises to the largest of them.
+// Each of these scores, their number being a multiple of LANES, becomes e^(score - highest); returns their sum. highest:
+// the largest of them.
 static float soften(float *scores, int64_t count, float &highest) {
-    Floats most = Floats{} + highest, sums{};
+    Floats most = Floats{} + std::numeric_limits<float>::lowest(), sums{};
     for (int64_t c = 0; c < count; c += LANES) {
         const Floats some = load(scores + c);
         most = some > most ? some : most;
     }
-    const float less = highest = largest(most);
+    highest = largest(most);
     for (int64_t c = 0; c < count; c += LANES) {
-        const Floats some = exponential(load(scores + c) - less);
+        const Floats some = exponential(load(scores + c) - highest);
         store(scores + c, some);
         sums += some;
     }
@@ -472,23 +472,25 @@ static inline Words pair(const uint16_t *even, const uint16_t *odd) {
     return __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
 }
 
-// Up to MANY rows of queries [rows][d], of these tokens, over the columns from `start` to `stop` of one head's keys and
-// values [m][d] -> `give` gets, of each row, the sum of values [d], each times e^(score - highest), the sum of all
-// these factors, and the highest score.
-template <bool NARROW, class Give>
+// Numbers of what a row finds: the sum of values [d], each times e^(score - highest), the sum of these factors, and the
+// highest score.
+static inline int64_t finds(const Call &a) { return a.d + LANES; }
+
+// Up to MANY rows of queries [rows][d], of these tokens, over the panel from column `begin` on of one head's keys and
+// values [m][d] -> what they find [rows].
+template <bool NARROW>
 static void attend(const Call &a, const Text &text, int64_t rows, const int64_t *tokens, const Query<NARROW> *queries,
-                   const Kept<NARROW> *keys, const Kept<NARROW> *values, int64_t start, int64_t stop, Give give) {
+                   const Kept<NARROW> *keys, const Kept<NARROW> *values, int64_t begin, float *found) {
     constexpr int64_t EACH = NARROW ? 2 : 1;  // columns whose values are multiplied at once
-    const int64_t d = a.d, size = d / EACH, masked = text.m - text.w,
+    const int64_t d = a.d, size = d / EACH, apart = finds(a), masked = text.m - text.w,
                   base = text.w ? masked / EACH * EACH : text.m,  // from here on a token's columns are its own
-                  tail = up(text.m - base, BLOCK);
+                  tail = begin + PANEL > base ? text.m - base : 0, behind = up(tail, BLOCK);
     thread_local std::vector<Floats> room;
     thread_local std::vector<int64_t> places;
-    room.resize(std::max<size_t>(room.size(), (rows * (STRIDE + d + tail) + BLOCK * d + TILE * size) / LANES + 1));
+    room.resize(std::max<size_t>(room.size(), (rows * (STRIDE + behind) + BLOCK * d + TILE * size) / LANES + 1));
     places.resize(std::max<size_t>(places.size(), rows * tail));
-    float highest[MANY], by[MANY], *scores = (float *)room.data(), *sums = scores + rows * STRIDE,
-          *tails = sums + rows * d, *turned = tails + rows * tail, *pairs = turned + BLOCK * d;
-    int64_t seen[MANY], most = 0;                                             // columns: of a row, of all
+    float *scores = (float *)room.data(), *tails = scores + rows * STRIDE, *turned = tails + rows * behind,
+          *pairs = turned + BLOCK * d;
     const auto score = [&](int64_t column, int64_t count, float *to, int64_t stride) {
         const float *own = (const float *)(keys + column * d);
         transpose(own, count, size, turned);
@@ -496,90 +498,87 @@ static void attend(const Call &a, const Text &text, int64_t rows, const int64_t 
         blocks<false>(queries, size, size, to, stride, rows, registers<2>(turned, BLOCK),
                       {own + BLOCK * size, BLOCK * size});
     };
-    for (int64_t c = 0; stop > base && c < text.m - base; c += BLOCK)
-        score(base + c, std::min(BLOCK, text.m - base - c), tails + c, tail);
+    for (int64_t c = 0; c < tail; c += BLOCK)
+        score(base + c, std::min(BLOCK, tail - c), tails + c, behind);
+    int64_t seen[MANY], most = 0;                                             // columns: of a row, of all
     for (int64_t r = 0; r < rows; r++) {
-        seen[r] = text.causal ? text.m - text.n + tokens[r] + 1 : text.m;
-        if (text.w && stop > base) {
-            seen[r] = base;
-            for (int64_t c = base; c < text.m; c++)
-                if (c < masked || text.mask[tokens[r] * text.w + c - masked]) {
-                    const int64_t at = r * tail + seen[r]++ - base;
-                    tails[at] = tails[r * tail + c - base];
-                    places[at] = c;
-                }
-        }
+        seen[r] = text.causal ? text.m - text.n + tokens[r] + 1 : text.m - tail;
+        for (int64_t c = 0; c < tail; c++)
+            if (base + c < masked || text.mask[tokens[r] * text.w + base + c - masked]) {
+                const int64_t at = seen[r]++ - base;
+                tails[r * behind + at] = tails[r * behind + c];
+                places[r * tail + at] = base + c;
+            }
+        seen[r] = std::clamp<int64_t>(seen[r] - begin, 0, PANEL);
         most = std::max(most, seen[r]);
-        highest[r] = std::numeric_limits<float>::lowest();
-        by[r] = 0;
     }
-    std::fill_n(sums, rows * d, 0.0f);
-    most = std::min(most, stop);
-    for (int64_t begin = start; begin < most; begin += PANEL) {
-        const int64_t width = std::min(PANEL, most - begin), shared = std::clamp<int64_t>(base - begin, 0, width);
-        for (int64_t c = 0; c < shared; c += BLOCK)
-            score(begin + c, std::min(BLOCK, shared - c), scores + c, STRIDE);
-        for (int64_t r = 0; r < rows; r++) {
-            float *own = scores + r * STRIDE;
-            const int64_t count = std::clamp<int64_t>(seen[r] - begin, 0, width);
-            if (count > shared)
-                std::copy_n(tails + r * tail + begin + shared - base, count - shared, own + shared);
-            std::fill(own + count, own + up(width, BLOCK), -INFINITY);
-            const float before = highest[r], added = soften(own, up(width, BLOCK), highest[r]),
-                        scale = std::exp(before - highest[r]);
-            by[r] = by[r] * scale + added;
-            for (int64_t i = 0; begin > start && i < d; i++)
-                sums[r * d + i] *= scale;
-            if (NARROW)
-                round(own, (uint32_t *)own, up(width, BLOCK));
+    const int64_t shared = std::clamp<int64_t>(base - begin, 0, most);
+    for (int64_t c = 0; c < shared; c += BLOCK)
+        score(begin + c, std::min(BLOCK, shared - c), scores + c, STRIDE);
+    for (int64_t r = 0; r < rows; r++) {
+        float *own = scores + r * STRIDE, *to = found + r * apart;
+        if (seen[r] > shared)
+            std::copy_n(tails + r * behind + begin + shared - base, seen[r] - shared, own + shared);
+        std::fill(own + seen[r], own + up(most, BLOCK), -INFINITY);
+        std::fill_n(to, d, 0.0f);
+        to[d] = soften(own, up(most, BLOCK), to[d + 1]);
+        if (NARROW)
+            round(own, (uint32_t *)own, up(most, BLOCK));
+    }
+    const auto *factors = (const Query<NARROW> *)scores;
+    for (int64_t c = 0; c < shared; c += TILE) {
+        const int64_t count = std::min(TILE, shared - c);
+        const Kept<NARROW> *own = values + (begin + c) * d;
+        const float *some = (const float *)own;
+        if constexpr (NARROW) {
+            for (int64_t k = 0; k < count; k += 2)
+                for (int64_t i = 0; i < d; i += LANES) {
+                    const Words both = pair(own + k * d + i, k + 1 < count ? own + (k + 1) * d + i : nullptr);
+                    std::memcpy(pairs + k / 2 * d + i, &both, sizeof both);
+                }
+            some = pairs;
         }
-        const auto *factors = (const Query<NARROW> *)scores;
-        for (int64_t c = 0; c < shared; c += TILE) {
-            const int64_t count = std::min(TILE, shared - c);
-            const Kept<NARROW> *own = values + (begin + c) * d;
-            const float *some = (const float *)own;
-            if constexpr (NARROW) {
-                for (int64_t k = 0; k < count; k += 2)
-                    for (int64_t i = 0; i < d; i += LANES) {
-                        const Words both = pair(own + k * d + i, k + 1 < count ? own + (k + 1) * d + i : nullptr);
-                        std::memcpy(pairs + k / 2 * d + i, &both, sizeof both);
-                    }
-                some = pairs;
-            }
-            int64_t i = 0;
-            const auto mix = [&](auto w) {
-                for (; i + w * LANES <= d; i += w * LANES)
-                    blocks<true, w>(factors + c / EACH, STRIDE, up(count, EACH) / EACH, sums + i, d, rows,
-                                    registers<w>(some + i, d),
-                                    {(const float *)own + TILE * size, TILE * size, i / (w * LANES), d / (w * LANES)});
-            };
-            if (rows <= 2 * ROWS / 4)  // few: with more sums at a time none waits for the one before
-                mix(std::integral_constant<int, 4>());
-            mix(std::integral_constant<int, 2>());
-            if constexpr (!NARROW)
-                for (int64_t r = 0; r < rows; r++)
-                    for (int64_t k = 0; k < count; k++)
-                        for (int64_t rest = i; rest < d; rest++)
-                            sums[r * d + rest] += factors[r * STRIDE + c + k] * own[k * d + rest];
-        }
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t c = shared, count = seen[r] - begin; c < std::min(count, width); c += EACH) {
-                const int64_t *at = places.data() + r * tail + begin + c - base;
-                const auto factor = factors[r * STRIDE + c / EACH];
-                const Kept<NARROW> *own = values + at[0] * d;
-                float *to = sums + r * d;
-                if constexpr (NARROW)
-                    for (int64_t i = 0; i < d; i += LANES) {
-                        const uint16_t *next = c + 1 < count ? values + at[1] * d + i : nullptr;
-                        store(to + i, plus(load(to + i), pair(own + i, next), factor));
-                    }
-                else
-                    for (int64_t i = 0; i < d; i++)
-                        to[i] += factor * own[i];
-            }
+        int64_t i = 0;
+        const auto mix = [&](auto w) {
+            for (; i + w * LANES <= d; i += w * LANES)
+                blocks<true, w>(factors + c / EACH, STRIDE, up(count, EACH) / EACH, found + i, apart, rows,
+                                registers<w>(some + i, d),
+                                {(const float *)own + TILE * size, TILE * size, i / (w * LANES), d / (w * LANES)});
+        };
+        if (rows <= 2 * ROWS / 4)  // few: with more sums at a time none waits for the one before
+            mix(std::integral_constant<int, 4>());
+        mix(std::integral_constant<int, 2>());
+        if constexpr (!NARROW)
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t k = 0; k < count; k++)
+                    for (int64_t rest = i; rest < d; rest++)
+                        found[r * apart + rest] += factors[r * STRIDE + c + k] * own[k * d + rest];
     }
     for (int64_t r = 0; r < rows; r++)
-        give(r, sums + r * d, by[r], highest[r]);
+        for (int64_t c = shared; c < seen[r]; c += EACH) {
+            const int64_t *at = places.data() + r * tail + begin + c - base;
+            const auto factor = factors[r * STRIDE + c / EACH];
+            const Kept<NARROW> *own = values + at[0] * d;
+            float *to = found + r * apart;
+            if constexpr (NARROW)
+                for (int64_t i = 0; i < d; i += LANES) {
+                    const uint16_t *next = c + 1 < seen[r] ? values + at[1] * d + i : nullptr;
+                    store(to + i, plus(load(to + i), pair(own + i, next), factor));
+                }
+            else
+                for (int64_t i = 0; i < d; i++)
+                    to[i] += factor * own[i];
+        }
+}
+
+// What a row found so far grows by what it found in the panel behind.
+__attribute__((noinline)) static void add(const Call &a, float *found, const float *more) {
+    const float highest = std::max(found[a.d + 1], more[a.d + 1]), before = std::exp(found[a.d + 1] - highest),
+                behind = std::exp(more[a.d + 1] - highest);
+    #pragma omp simd
+    for (int64_t i = 0; i <= a.d; i++)
+        found[i] = found[i] * before + more[i] * behind;
+    found[a.d + 1] = highest;
 }
 
 // Positions [n] times frequencies inverse [d / 2] -> cos and sin [n][d / 2].
@@ -634,24 +633,26 @@ static void turn(const Call &a, const Text &text, const float *rows, const float
         }
 }
 
-// In how many parts the columns of a text are read, each of which finds its own sums: a panel, of few tokens, so that
-// what they are does not depend on who else is there.
+// Panels of a text that threads share, or 1: there each reads all panels of its rows.
 static inline int64_t spans(const Text &text) { return text.n <= FEW ? up(text.m, PANEL) / PANEL : 1; }
 
 // Numbers that `read` of a text leaves for `join`.
 static inline int64_t left(const Call &a, const Text &text) {
-    return spans(text) > 1 ? spans(text) * a.h * text.n * (a.d + 2) : 0;
+    return spans(text) > 1 ? spans(text) * a.h * text.n * finds(a) : 0;
 }
 
-// Where attention's result for a token's head is: to [n][h d].
+// Attention's result for a row, of `all` of this text -> to [n - first][h d].
 template <bool NARROW>
-static inline Kept<NARROW> *place(const Call &a, int64_t token, int64_t head, float *to) {
-    return (Kept<NARROW> *)(to + token * a.h * a.d) + head * a.d;
+static void give(const Call &a, const float *found, int64_t row, int64_t all, float *to) {
+    const int64_t group = a.h / a.k, own = all / a.k;
+    float y[MOST];
+    for (int64_t i = 0; i < a.d; i++)
+        y[i] = found[i] / found[a.d];
+    put(y, a.d, (Kept<NARROW> *)(to + row % own / group * a.h * a.d) + (row / own * group + row % group) * a.d);
 }
 
-// Attention of queries [k][n - first][h / k][d], under its mask -> to [n - first][h d], or, where it has several spans,
-// `found`: sums of values [spans][k (n - first) h / k][d], and of each the sum of factors and the highest score.
-// Threads share rows and spans; nobody waits at the end.
+// Attention of queries [k][n - first][h / k][d], under its mask -> to, or, where threads share panels too, what rows
+// find [panels][k (n - first) h / k]. Nobody waits at the end.
 template <bool NARROW>
 static void read(const Call &a, const Text &text, const Query<NARROW> *queries, const Kept<NARROW> *kept, int64_t first,
                  float *to, float *found) {
@@ -660,55 +661,48 @@ static void read(const Call &a, const Text &text, const Query<NARROW> *queries, 
                   parts = (all + share - 1) / share;
     #pragma omp for schedule(dynamic) nowait
     for (int64_t item = parts * parted - 1; item >= 0; item--) {              // of a prompt those first that see most
-        const int64_t part = item / parted, span = item % parted, start = span * PANEL,
-                      stop = parted > 1 ? start + PANEL : text.m;
+        const int64_t part = item / parted, span = item % parted;
         for (int64_t row = share * part, end = std::min(row + share, all); row < end;) {
             const int64_t head = row / own, count = std::min({MANY, end - row, (head + 1) * own - row});
             int64_t tokens[MANY];
             for (int64_t r = 0; r < count; r++)
                 tokens[r] = first + (row + r) % own / group;
             const Kept<NARROW> *keys = kept + head * text.capacity * a.d;
-            attend<NARROW>(
-                a, text, count, tokens, (const Query<NARROW> *)((const Kept<NARROW> *)queries + row * a.d), keys,
-                keys + a.k * text.capacity * a.d, start, stop, [&](int64_t r, float *sums, float by, float highest) {
-                    if (parted > 1) {
-                        float *there = found + (span * all + row + r) * (a.d + 2);
-                        std::copy_n(sums, a.d, there);
-                        there[a.d] = by;
-                        there[a.d + 1] = highest;
-                    } else {
-                        for (int64_t i = 0; i < a.d; i++)
-                            sums[i] /= by;
-                        put(sums, a.d, place<NARROW>(a, tokens[r] - first, head * group + (row + r) % group, to));
-                    }
-                });
+            const auto look = [&](int64_t begin, float *there) {
+                attend<NARROW>(a, text, count, tokens,
+                               (const Query<NARROW> *)((const Kept<NARROW> *)queries + row * a.d), keys,
+                               keys + a.k * text.capacity * a.d, begin, there);
+            };
+            if (parted > 1)
+                look(span * PANEL, found + (span * all + row) * finds(a));
+            else {
+                thread_local std::vector<float> room;
+                room.resize(std::max<size_t>(room.size(), 2 * MANY * finds(a)));
+                float *sums = room.data(), *more = sums + MANY * finds(a);
+                look(0, sums);
+                const int64_t most = text.causal ? text.m - text.n + tokens[count - 1] + 1 : text.m;
+                for (int64_t begin = PANEL; begin < most; begin += PANEL) {
+                    look(begin, more);
+                    for (int64_t r = 0; r < count; r++)
+                        add(a, sums + r * finds(a), more + r * finds(a));
+                }
+                for (int64_t r = 0; r < count; r++)
+                    give<NARROW>(a, sums + r * finds(a), row + r, all, to);
+            }
             row += count;
         }
     }
 }
 
-// What a row found in its spans, weighed.
+// What rows found in each panel, together -> to.
 template <bool NARROW>
-static void join(const Call &a, const Text &text, const float *found, int64_t first, float *to) {
-    const int64_t group = a.h / a.k, own = group * (text.n - first), all = a.k * own, parted = spans(text);
-    if (parted == 1)
-        return;
+static void join(const Call &a, const Text &text, float *found, int64_t first, float *to) {
+    const int64_t all = a.h * (text.n - first), parted = spans(text);
     #pragma omp for nowait
-    for (int64_t row = 0; row < all; row++) {
-        float highest = std::numeric_limits<float>::lowest(), by = 0, sums[MOST];
-        const auto there = [&](int64_t span) { return found + (span * all + row) * (a.d + 2); };
-        for (int64_t span = 0; span < parted; span++)
-            highest = std::max(highest, there(span)[a.d + 1]);
-        std::fill_n(sums, a.d, 0.0f);
-        for (int64_t span = 0; span < parted; span++) {
-            const float *some = there(span), weight = std::exp(some[a.d + 1] - highest);
-            by += some[a.d] * weight;
-            for (int64_t i = 0; weight != 0 && i < a.d; i++)
-                sums[i] += some[i] * weight;
-        }
-        for (int64_t i = 0; i < a.d; i++)
-            sums[i] /= by;
-        put(sums, a.d, place<NARROW>(a, row % own / group, row / own * group + row % group, to));
+    for (int64_t row = 0; row < (parted > 1 ? all : 0); row++) {
+        for (int64_t span = 1; span < parted; span++)
+            add(a, found + row * finds(a), found + (span * all + row) * finds(a));
+        give<NARROW>(a, found + row * finds(a), row, all, to);
     }
 }
 
