@@ -955,7 +955,7 @@ class Eagle3(_Decoder):
 
     def run(self, tokens: Tensor, hidden: Tensor, positions: Tensor, cache: "KVCache | StaticCache",
             mask: Tensor | None, last_only: bool) -> tuple[Tensor, Tensor]:
-        x, alone = self.embed_tokens(tokens).to(hidden.dtype), last_only and mask is None
+        x, alone = self.embed_tokens(tokens), last_only and mask is None
         if self.kernels and self.kernels.fit(hidden, mask, cache):
             hidden, normed, _ = self.kernels(hidden, positions, mask, cache, causal=True, alone=alone, given=x)
         else:

@@ -947,8 +947,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="auto: bfloat16 where it is multiplied, else float32")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="decode faster: on a CPU run all layers in C++, which is compiled once in some seconds "
-             "(float32 and bfloat16; default: with AVX2 and AVX512, where there is a compiler, and no bfloat16 "
-             "that the CPU does not multiply); "
+             "(default: with AVX2 and AVX512, where there is a compiler, in float32, and in bfloat16 where "
+             "the CPU multiplies it); "
              "on a GPU fuse small operations, half a minute of every start (default: no)")
     add("--no-graphs", action="store_true", help="on a GPU, launch every kernel instead of replaying CUDA graphs")
     add("--max-new-tokens", type=int, default=128 if command in ("bench", "verify") else 512,

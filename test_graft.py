@@ -1735,18 +1735,20 @@ def test_compiled_layers_are_the_layers(compiler, tmp_path_factory, monkeypatch)
 
 
 @needs_compiler
-def test_compiled_texts_side_by_side_are_what_each_is_alone():
-    """Trees and single tokens, behind texts of their own lengths, also of several panels."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_texts_side_by_side_are_what_each_is_alone(dtype):
+    """To the last bit: trees and single tokens, behind texts of their own lengths, also of several panels."""
+    shapes = [(4, 2, 32), (3, 1, 64)] + [(2, 2, 16)] * (dtype == torch.float32)
+
     @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 60) | st.integers(500, 1300), st.booleans()),
-                    min_size=2, max_size=5), st.sampled_from([(4, 2, 32), (3, 1, 64), (2, 2, 16)]), st.integers(1, 3),
-           st.integers(0, 2**31))
+                    min_size=2, max_size=5), st.sampled_from(shapes), st.integers(1, 3), st.integers(0, 2**31))
     def check(texts, shape, threads, seed):
         generator, before = torch.Generator().manual_seed(seed), torch.get_num_threads()
         twin, _ = in_c(tiny(seed % 100, num_hidden_layers=3, hidden_size=64, intermediate_size=96, **dict(zip(
-            ("num_attention_heads", "num_key_value_heads", "head_dim"), shape))))
+            ("num_attention_heads", "num_key_value_heads", "head_dim"), shape))), dtype)
         alone, packed, masks = [], [], []
         for n, length, tree in texts:
-            cache = KVCache(twin.config, length + n + 3, torch.float32, "cpu")
+            cache = KVCache(twin.config, length + n + 3, dtype, "cpu")
             cache.rows.copy_(torch.randn(cache.rows.shape, generator=generator))
             cache.length = length
             alone.append(cache)
@@ -1767,8 +1769,8 @@ def test_compiled_texts_side_by_side_are_what_each_is_alone():
         assert twin.runs == [sum(sizes), *sizes]
         for own, right in (*zip(found, (torch.cat(each, dim=1) for each in zip(*wanted))),
                            *((a.rows, b.rows) for a, b in zip(packed, alone))):
-            assert (own - right).abs().max() <= 2e-5 * right.abs().max()
-        full = KVCache(twin.config, 3, torch.float32, "cpu")
+            assert torch.equal(own, right)
+        full = KVCache(twin.config, 3, dtype, "cpu")
         full.length = 3
         for caches in ([alone[0], full], [full, alone[0]]):
             assert not twin.kernels.fit(torch.zeros(1, 2, 64), [None] * 2, PackedCache(caches, [1, 1]))
@@ -1969,9 +1971,10 @@ def test_a_compiled_product_is_the_product(compiler, tmp_path_factory, monkeypat
            st.sampled_from((torch.float32, torch.bfloat16)), st.integers(0, 2**31))
     def check(count, inputs, rows, exponent, threads, dtype, seed):
         generator, inputs = torch.Generator().manual_seed(seed), inputs + inputs % 2 * (dtype == torch.bfloat16)
-        weight = (torch.randn(count * block, inputs, generator=generator) * 2.0**exponent).bfloat16().to(dtype)
+        outputs = count * block - seed % block
+        weight = (torch.randn(outputs, inputs, generator=generator) * 2.0**exponent).bfloat16().to(dtype)
         x = torch.randn(rows, 2, inputs, generator=generator).transpose(0, 1)              # not contiguous
-        linear = Linear(inputs, count * block)
+        linear = Linear(inputs, outputs)
         linear.weight = torch.nn.Parameter(weight, requires_grad=False)
         linear.pack(products=compiled)
         assert linear.blocks and linear.halves is linear.packed is linear.weight is None
@@ -1983,7 +1986,7 @@ def test_a_compiled_product_is_the_product(compiler, tmp_path_factory, monkeypat
             torch.set_num_threads(before)
         x = x.to(dtype)  # in bfloat16 it is rounded to that, once, whatever it comes as
         exact, bound = x.double() @ weight.double().T, x.abs().double() @ weight.abs().double().T
-        assert found.shape == (2, rows, count * block) and ((found - exact).abs() <= inputs * 2**-23 * bound).all()
+        assert found.shape == (2, rows, outputs) and ((found - exact).abs() <= inputs * 2**-23 * bound).all()
         narrow = linear(x)
         assert narrow.dtype == dtype and torch.equal(narrow, found.to(dtype))
         assert all(torch.equal(linear(x[:, i:i + 1].float()), found[:, i:i + 1]) for i in range(rows))
@@ -1992,7 +1995,7 @@ def test_a_compiled_product_is_the_product(compiler, tmp_path_factory, monkeypat
         assert compiled(wide) is None
 
     check()
-    assert compiled(torch.zeros(block + 1, 4)) is compiled(torch.full((block, 4), 1 / 3)) is None
+    assert compiled(torch.full((block, 4), 1 / 3)) is None
     assert compiled(torch.full((block, 1), math.nan))(torch.ones(1, 1)).isnan().all()
     turned, x = torch.arange(3.0 * block).view(3, block).T.remainder(256), torch.ones(1, 3)
     assert torch.equal(compiled(turned)(x), x @ turned.T)

@@ -1,6 +1,6 @@
 """How far plain decoding and a round of Graft are from what this device allows, part by part.
 
-    python tools/gap.py --dtype bfloat16 --json results/gap_cpu_bfloat16.json
+    python tools/gap.py --json results/gap_cpu.json
 
 The floor of a forward is its weights read once at the bandwidth that a large sum reaches here; a forward of n rows is
 also compared with the time that the same weights take as bare matrix products. A round's overhead is what is left of

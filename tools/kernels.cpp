@@ -99,7 +99,7 @@ static inline Floats plus(Floats sum, Words weights, uint32_t x) {
     const uint32_t bits[] = {x << 16, x & 0xffff0000};
     std::memcpy(&low, bits, sizeof low);
     std::memcpy(&high, bits + 1, sizeof high);
-    return sum + (Floats)(weights << 16) * low + (Floats)(weights & 0xffff0000) * high;
+    return sum + (Floats)(weights & 0xffff0000) * high + (Floats)(weights << 16) * low;
 #endif
 }
 
@@ -107,6 +107,7 @@ static inline Floats plus(Floats sum, Words weights, uint32_t x) {
 // -> y [R][W LANES], rows `stride` apart; ADD: to what is there. X: float, or pairs of bfloat16.
 template <bool ADD, int W, int R, class X, class Weights>
 static inline void block(const X *x, int64_t apart, int64_t inputs, float *y, int64_t stride, Weights weights) {
+    static_assert(W > 1);  // of one sum alone GCC may round each product first
     Floats sums[R][W] = {};
     for (int r = 0; ADD && r < R; r++)
         for (int i = 0; i < W; i++)
@@ -319,9 +320,12 @@ static inline Floats exponential(Floats x) {
 
 // to = from / sqrt(mean(from^2) + eps) * weight.
 static void norm(const float *from, const float *weight, float eps, float *to, int64_t size) {
-    float squares = 0;
-    #pragma omp simd reduction(+ : squares)
-    for (int64_t i = 0; i < size; i++)
+    Floats lanes{};
+    int64_t whole = 0;
+    for (; whole + LANES <= size; whole += LANES)
+        lanes += load(from + whole) * load(from + whole);
+    float squares = sum(lanes);
+    for (int64_t i = whole; i < size; i++)
         squares += from[i] * from[i];
     const float scale = 1 / std::sqrt(squares / size + eps);
     for (int64_t i = 0; i < size; i++)
@@ -364,7 +368,7 @@ static void gate(const float *rows, float *to, int64_t n, int64_t size, int64_t 
 extern "C" void top(const float *x, int64_t n, int64_t size, int64_t count, int64_t logs, int64_t threads,
                     float *values, int64_t *places) {
     constexpr int64_t SPAN = 8 * LANES;  // looked at one by one only where their largest counts
-    #pragma omp parallel for num_threads(threads) if (n * size >= MUCH)
+    #pragma omp parallel for num_threads(threads) if (n > 1 && n * size >= MUCH)
     for (int64_t row = 0; row < n; row++) {
         const float *own = x + row * size;
         float *best = values + row * count, *least = best + count - 1;
@@ -435,14 +439,12 @@ struct Call {
 };
 
 constexpr int64_t MANY = 96, PANEL = 512, TILE = 64;   // rows, columns, and columns whose values stay nearest
-constexpr int64_t FEW = 128;                           // tokens, up to which threads share panels too
+constexpr int64_t FEW = 128, ROOM = 1 << 22;           // tokens, and numbers found, up to which threads share panels
 // of scores: rows a power of two apart would drive each other out of the cache
 constexpr int64_t STRIDE = PANEL + 16;
 
 template <bool NARROW>
 using Kept = std::conditional_t<NARROW, uint16_t, float>;
-template <bool NARROW>
-using Query = std::conditional_t<NARROW, uint32_t, float>;
 
 static inline int64_t up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 
@@ -479,8 +481,9 @@ static inline int64_t finds(const Call &a) { return a.d + LANES; }
 // Up to MANY rows of queries [rows][d], of these tokens, over the panel from column `begin` on of one head's keys and
 // values [m][d] -> what they find [rows].
 template <bool NARROW>
-static void attend(const Call &a, const Text &text, int64_t rows, const int64_t *tokens, const Query<NARROW> *queries,
+static void attend(const Call &a, const Text &text, int64_t rows, const int64_t *tokens, const Kept<NARROW> *queries,
                    const Kept<NARROW> *keys, const Kept<NARROW> *values, int64_t begin, float *found) {
+    using Given = std::conditional_t<NARROW, uint32_t, float>;
     constexpr int64_t EACH = NARROW ? 2 : 1;  // columns whose values are multiplied at once
     const int64_t d = a.d, size = d / EACH, apart = finds(a), masked = text.m - text.w,
                   base = text.w ? masked / EACH * EACH : text.m,  // from here on a token's columns are its own
@@ -495,7 +498,7 @@ static void attend(const Call &a, const Text &text, int64_t rows, const int64_t 
         const float *own = (const float *)(keys + column * d);
         transpose(own, count, size, turned);
         transpose(own + LANES * size, count - LANES, size, turned + LANES);
-        blocks<false>(queries, size, size, to, stride, rows, registers<2>(turned, BLOCK),
+        blocks<false>((const Given *)queries, size, size, to, stride, rows, registers<2>(turned, BLOCK),
                       {own + BLOCK * size, BLOCK * size});
     };
     for (int64_t c = 0; c < tail; c += BLOCK)
@@ -525,7 +528,7 @@ static void attend(const Call &a, const Text &text, int64_t rows, const int64_t 
         if (NARROW)
             round(own, (uint32_t *)own, up(most, BLOCK));
     }
-    const auto *factors = (const Query<NARROW> *)scores;
+    const auto *factors = (const Given *)scores;
     for (int64_t c = 0; c < shared; c += TILE) {
         const int64_t count = std::min(TILE, shared - c);
         const Kept<NARROW> *own = values + (begin + c) * d;
@@ -601,7 +604,7 @@ static inline void put(const float *x, int64_t size, uint16_t *to) { round(x, (u
 // the tokens from `first` on, with attention's scale -> [k][n - first][h / k][d]. Nobody waits at its end.
 template <bool NARROW>
 static void turn(const Call &a, const Text &text, const float *rows, const float *cos, const float *sin,
-                 const float *query_norm, const float *key_norm, int64_t first, Query<NARROW> *queries,
+                 const float *query_norm, const float *key_norm, int64_t first, Kept<NARROW> *queries,
                  Kept<NARROW> *kept) {
     const int64_t heads = a.h + 2 * a.k, group = a.h / a.k, half = a.d / 2;
     const float scale = 1 / std::sqrt((float)a.d);
@@ -611,8 +614,7 @@ static void turn(const Call &a, const Text &text, const float *rows, const float
             const bool asks = head < a.h;
             const float *x = rows + (t * heads + head) * a.d, *weight = asks ? query_norm : key_norm,
                         *c = cos + t * half, *s = sin + t * half, by = asks ? scale : 1;
-            Kept<NARROW> *to = asks ? (Kept<NARROW> *)queries
-                                          + ((head / group * (text.n - first) + t - first) * group + head % group) * a.d
+            Kept<NARROW> *to = asks ? queries + ((head / group * (text.n - first) + t - first) * group + head % group) * a.d
                                     : kept + ((head - a.h) * text.capacity + text.m - text.n + t) * a.d;
             if (head >= a.h + a.k)
                 put(x, a.d, to);
@@ -634,14 +636,17 @@ static void turn(const Call &a, const Text &text, const float *rows, const float
 }
 
 // Panels of a text that threads share, or 1: there each reads all panels of its rows.
-static inline int64_t spans(const Text &text) { return text.n <= FEW ? up(text.m, PANEL) / PANEL : 1; }
+static inline int64_t spans(const Call &a, const Text &text) {
+    const int64_t panels = up(text.m, PANEL) / PANEL;
+    return text.n <= FEW && panels * a.h * text.n * finds(a) <= ROOM ? panels : 1;
+}
 
 // Numbers that `read` of a text leaves for `join`.
 static inline int64_t left(const Call &a, const Text &text) {
-    return spans(text) > 1 ? spans(text) * a.h * text.n * finds(a) : 0;
+    return spans(a, text) > 1 ? spans(a, text) * a.h * text.n * finds(a) : 0;
 }
 
-// Attention's result for a row, of `all` of this text -> to [n - first][h d].
+// Attention's result for a row, of `all` of this text -> to [n - first][h d], as products read it.
 template <bool NARROW>
 static void give(const Call &a, const float *found, int64_t row, int64_t all, float *to) {
     const int64_t group = a.h / a.k, own = all / a.k;
@@ -654,9 +659,9 @@ static void give(const Call &a, const float *found, int64_t row, int64_t all, fl
 // Attention of queries [k][n - first][h / k][d], under its mask -> to, or, where threads share panels too, what rows
 // find [panels][k (n - first) h / k]. Nobody waits at the end.
 template <bool NARROW>
-static void read(const Call &a, const Text &text, const Query<NARROW> *queries, const Kept<NARROW> *kept, int64_t first,
+static void read(const Call &a, const Text &text, const Kept<NARROW> *queries, const Kept<NARROW> *kept, int64_t first,
                  float *to, float *found) {
-    const int64_t group = a.h / a.k, own = group * (text.n - first), all = a.k * own, parted = spans(text),
+    const int64_t group = a.h / a.k, own = group * (text.n - first), all = a.k * own, parted = spans(a, text),
                   share = std::min(MANY, parted > 1 ? own : (all + a.threads - 1) / a.threads),
                   parts = (all + share - 1) / share;
     #pragma omp for schedule(dynamic) nowait
@@ -669,9 +674,8 @@ static void read(const Call &a, const Text &text, const Query<NARROW> *queries, 
                 tokens[r] = first + (row + r) % own / group;
             const Kept<NARROW> *keys = kept + head * text.capacity * a.d;
             const auto look = [&](int64_t begin, float *there) {
-                attend<NARROW>(a, text, count, tokens,
-                               (const Query<NARROW> *)((const Kept<NARROW> *)queries + row * a.d), keys,
-                               keys + a.k * text.capacity * a.d, begin, there);
+                attend<NARROW>(a, text, count, tokens, queries + row * a.d, keys, keys + a.k * text.capacity * a.d,
+                               begin, there);
             };
             if (parted > 1)
                 look(span * PANEL, found + (span * all + row) * finds(a));
@@ -694,10 +698,10 @@ static void read(const Call &a, const Text &text, const Query<NARROW> *queries, 
     }
 }
 
-// What rows found in each panel, together -> to.
+// What rows found in each panel, together -> to. Nobody waits at the end.
 template <bool NARROW>
 static void join(const Call &a, const Text &text, float *found, int64_t first, float *to) {
-    const int64_t all = a.h * (text.n - first), parted = spans(text);
+    const int64_t all = a.h * (text.n - first), parted = spans(a, text);
     #pragma omp for nowait
     for (int64_t row = 0; row < (parted > 1 ? all : 0); row++) {
         for (int64_t span = 1; span < parted; span++)
@@ -720,26 +724,28 @@ static inline Kept<NARROW> *kept(const Call &a, const Text &text, const Layer &l
     return (Kept<NARROW> *)text.cache + layer.index * 2 * a.k * text.capacity * a.d;
 }
 
-// Attention of all texts: rows [n][(h + 2k) d] as `turn` takes them -> to [n][h d].
+// Attention of all texts: rows [n][(h + 2k) d] as `turn` takes them -> to [n - first][h d], as products read it.
 template <bool NARROW>
 static void attention(const Call &a, const Text *texts, const Layer &layer, const float *rows, const float *cos,
                       const float *sin, int64_t first, float *queries, float *found, float *to) {
+    bool parted = false;
     const auto each = [&](auto run) {
         for (int64_t row = 0, room = 0, t = 0; t < a.texts; row += texts[t].n, room += left(a, texts[t]), t++)
-            run(texts[t], row, (Query<NARROW> *)((Kept<NARROW> *)queries + row * a.h * a.d), found + room);
+            run(texts[t], row, (Kept<NARROW> *)queries + row * a.h * a.d, found + room);
+        #pragma omp barrier
     };
-    each([&](const Text &text, int64_t row, Query<NARROW> *own, float *) {
+    each([&](const Text &text, int64_t row, Kept<NARROW> *own, float *) {
         turn<NARROW>(a, text, rows + row * (a.h + 2 * a.k) * a.d, cos + row * a.d / 2, sin + row * a.d / 2,
                      layer.query_norm, layer.key_norm, first, own, kept<NARROW>(a, text, layer));
     });
-    #pragma omp barrier
-    each([&](const Text &text, int64_t row, Query<NARROW> *own, float *room) {
+    each([&](const Text &text, int64_t row, Kept<NARROW> *own, float *room) {
         read<NARROW>(a, text, own, kept<NARROW>(a, text, layer), first, to + row * a.h * a.d, room);
+        parted |= spans(a, text) > 1;
     });
-    #pragma omp barrier
-    each([&](const Text &text, int64_t row, Query<NARROW> *, float *room) {
-        join<NARROW>(a, text, room, first, to + row * a.h * a.d);
-    });
+    if (parted)
+        each([&](const Text &text, int64_t row, Kept<NARROW> *, float *room) {
+            join<NARROW>(a, text, room, first, to + row * a.h * a.d);
+        });
 }
 
 // x [n][hidden] at these positions [n] through these layers -> to [n][hidden], and its last norm ->
@@ -753,12 +759,12 @@ extern "C" void layers(const Call *call, const Text *texts, const Layer *weights
     const Call &a = *call;
     const int64_t wide = std::max((a.h + 2 * a.k) * a.d, 2 * a.middle), slim = std::max(a.h * a.d, a.middle),
                   half = a.d / 2, size = a.n * a.hidden;
-    int64_t parted = 0;
+    int64_t panels = 0;
     for (int64_t t = 0; t < a.texts; t++)
-        parted += left(a, texts[t]);
+        panels += left(a, texts[t]);
     thread_local std::vector<float> room;  // asking the system for it each time would cost fresh pages
     room.resize(std::max<size_t>(
-        room.size(), a.n * (wide + slim + a.inputs + a.hidden + a.h * a.d + a.d) + parted));
+        room.size(), a.n * (wide + slim + a.inputs + a.hidden + a.h * a.d + a.d) + panels));
     float *rows = room.data(), *middle = rows + a.n * wide, *own = middle + a.n * slim, *added = own + a.n * a.inputs,
           *queries = added + size, *cos = queries + a.n * a.h * a.d, *sin = cos + a.n * half, *found = sin + a.n * half;
     const auto tell = [&](int64_t of) {
@@ -794,7 +800,6 @@ extern "C" void layers(const Call *call, const Text *texts, const Layer *weights
             multiply(layer.qkv, own, rows, a.n, l ? a.hidden : a.inputs, (a.h + 2 * a.k) * a.d, a.narrow);
             (a.narrow ? attention<true> : attention<false>)(a, texts, layer, rows, cos, sin, first, queries, found,
                                                             middle);
-            #pragma omp barrier
             multiply(layer.o, middle, added, n, a.h * a.d, a.hidden, a.narrow);
             add_norm(wanted, added, layer.attention_norm, a.eps, own, n, a.hidden, a.narrow);
             multiply(layer.gate_up, own, rows, n, a.hidden, 2 * a.middle, a.narrow);

@@ -23,6 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from demo_model import cache_folder, filled
@@ -117,12 +118,13 @@ def constant(name: str) -> int:
 
 
 class Blocks:
-    """x @ weight.T for a matrix [outputs, inputs] that bfloat16 holds, `outputs` being a multiple of the block, in the
-    dtype that it was given in: in bfloat16 (`narrow`) x is rounded to that too. Sums are float32's either way."""
+    """x @ weight.T for a matrix [outputs, inputs] that bfloat16 holds, in the dtype that it was given in: in bfloat16
+    (`narrow`) x is rounded to that too. Sums are float32's either way. whole: outputs as it is packed, with rows of zeros
+    up to a multiple of the block."""
 
-    def __init__(self, run: Callable, weight: Tensor, outputs: int, inputs: int, narrow: bool):
-        self.run, self.weight, self.outputs, self.inputs, self.narrow, self.data_ptr = (
-            run, weight, outputs, inputs, narrow, weight.data_ptr)
+    def __init__(self, run: Callable, weight: Tensor, outputs: int, whole: int, inputs: int, narrow: bool):
+        self.run, self.weight, self.outputs, self.whole, self.inputs, self.narrow, self.data_ptr = (
+            run, weight, outputs, whole, inputs, narrow, weight.data_ptr)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs], of x's dtype."""
@@ -131,10 +133,10 @@ class Blocks:
             raise ValueError(f"a compiled product takes rows of {self.inputs} in float32"
                              f"{' or bfloat16' if self.narrow else ''}; these are of {inputs} in {dtype}")
         x = x.float().contiguous()
-        out = x.new_empty(*rows, self.outputs)
-        self.run(self.data_ptr(), x.data_ptr(), out.data_ptr(), x.numel() // inputs, inputs, self.outputs,
+        out = x.new_empty(*rows, self.whole)
+        self.run(self.data_ptr(), x.data_ptr(), out.data_ptr(), x.numel() // inputs, inputs, self.whole,
                  torch.get_num_threads(), self.narrow)
-        return out.to(dtype)
+        return (out if self.whole == self.outputs else out[..., :self.outputs]).to(dtype)
 
 
 def products() -> Callable:
@@ -143,12 +145,12 @@ def products() -> Callable:
 
     def blocks(weight: Tensor) -> Blocks | None:
         (outputs, inputs), narrow = weight.shape, weight.dtype == torch.bfloat16
-        if outputs % block or narrow and inputs % 2 or not (narrow or weight.dtype == torch.float32):
+        if narrow and inputs % 2 or not (narrow or weight.dtype == torch.float32):
             return None
-        weight, packed = (weight.float().contiguous(),
-                          torch.empty(outputs // block, inputs, block // 2, dtype=torch.int32))
-        return (Blocks(code.product, packed, outputs, inputs, narrow)
-                if code.pack(weight.data_ptr(), packed.data_ptr(), outputs, inputs, narrow) else None)
+        weight = F.pad(weight.float(), (0, 0, 0, -outputs % block)).contiguous()
+        packed = torch.empty(len(weight) // block, inputs, block // 2, dtype=torch.int32)
+        return (Blocks(code.product, packed, outputs, len(weight), inputs, narrow)
+                if code.pack(weight.data_ptr(), packed.data_ptr(), len(weight), inputs, narrow) else None)
 
     return blocks
 
@@ -165,7 +167,7 @@ class Layers:
     def __init__(self, network: _Decoder, layers: list[nn.Module]):
         config, code = network.config, library()
         self.run, self.read_only, self.find, self.inverse, self.norm = (
-            code.layers, code.context, code.top, network.inverse, network.norm.weight.float())
+            code.layers, code.context, code.top, network.inverse.float(), network.norm.weight.float())
         self.heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.sizes = len(layers), layers[0].self_attn.qkv_proj.inputs, config.hidden_size, config.intermediate_size
         self.dtype = network.norm.weight.dtype
@@ -186,8 +188,9 @@ class Layers:
     def fit(self, x: Tensor, mask: Tensor | list | None, cache: KVCache | PackedCache) -> bool:
         """Whether a forward of x [b, n, H] can be run so."""
         return x.dtype in (self.dtype, torch.float32) and x.shape[0] == 1 and all(
-            type(own) is KVCache and own.rows.dtype == self.dtype and own.length + n <= own.capacity
-            and (seen is None or seen.dim() == 2) for own, n, seen in self.texts(x, mask, cache))
+            type(own) is KVCache and own.rows.dtype == self.dtype and 0 < n <= own.capacity - own.length
+            and (seen is None or seen.dim() == 2 and len(seen) == n and seen.shape[1] <= own.length + n)
+            for own, n, seen in self.texts(x, mask, cache))
 
     @staticmethod
     def texts(x: Tensor, mask: Tensor | list | None, cache: KVCache | PackedCache) -> list[tuple]:
@@ -218,9 +221,9 @@ class Layers:
                  taps: tuple[int, ...] = (), causal: bool = False, alone: bool = False,
                  given: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """In float32 what comes out of the last layer [1, n, H], its norm, and features [1, n, len(taps) * H] as
-        `Model.forward` returns them. positions [1, n]. mask: bool [n, w], True = attend, for the last w columns; None: all are attended
-        to, or with `causal` those up to each token's own; a list of such masks with a PackedCache. alone: the last
-        layer gives what the last token needs, [1, 1, H]. given: a head's embeddings [1, n, H]."""
+        `Model.forward` returns them. positions [1, n]. mask: bool [n, w], True = attend, for the last w columns; None:
+        all are attended to, or with `causal` those up to each token's own; a list of such masks with a PackedCache.
+        alone: the last layer gives what the last token needs, [1, 1, H]. given: a head's embeddings [1, n, H]."""
         _, n, size = x.shape
         first = n - 1 if alone else 0
         call, texts, held = self.call(x, cache, mask, causal, first, len(taps))
@@ -245,10 +248,11 @@ class Layers:
 
 
 def kernels(network: _Decoder) -> Layers | None:
-    """A network's layers, or None where one of its matrices is no Blocks, or an expert's, or where in bfloat16 a head's
-    size is no multiple of the block. Raises what `library` does."""
+    """A network's layers, or None where one of its matrices is no Blocks, or an expert's, or where the outputs of one, or
+    in bfloat16 a head's size, are no multiple of the block. Raises what `library` does."""
     layers = list(getattr(network, "layers", [network]))                           # a head is its only layer
     dense, whole = not network.config.moe_layers, (network.norm.weight.dtype == torch.float32
                                                    or network.config.head_dim % constant("block_size") == 0)
     return (Layers(network, layers) if dense and whole
-            and all(linear.blocks for layer in layers for linear in matrices(layer)) else None)
+            and all(linear.blocks and linear.blocks.whole == linear.blocks.outputs
+                    for layer in layers for linear in matrices(layer)) else None)

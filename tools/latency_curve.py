@@ -23,7 +23,7 @@ import run  # noqa: E402
 from calibrate import bandwidth, bytes_read, median_ms  # noqa: E402
 from demo_model import at_least, command_line, tool  # noqa: E402
 from graft import verify_once  # noqa: E402
-from kernels import kernels, products  # noqa: E402
+from kernels import kernels  # noqa: E402
 from model import Linear, Model, ModelConfig, RMSNorm  # noqa: E402
 
 ROPE = {"rope_type": "default", "rope_theta": 1e6, "original_max_position_embeddings": 40960}
@@ -47,8 +47,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device, blocks=None) -
     for name, value in model.named_parameters():
         # as checkpoints are stored
         value.copy_(value.normal_(std=0.02).bfloat16()) if "norm" not in name else value.fill_(1.0)
-    model.inverse.copy_(config.rope["rope_theta"]
-                        ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim))
+    model.inverse = config.rope["rope_theta"] ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.pack()
@@ -79,7 +78,7 @@ def main() -> None:
     parser.add_argument("--length", type=at_least(3), default=512)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--compile", action="store_true", help="compile it; without, float32 is not compiled either")
+    parser.add_argument("--compile", action="store_true", help="compile it")
     parser.add_argument("--repeats", type=at_least(1), default=15)
     parser.add_argument("--json", required=True)
     args = parser.parse_args()
@@ -91,12 +90,11 @@ def main() -> None:
     if args.layers:
         config = replace(config, num_hidden_layers=args.layers,
                          moe_layers=tuple(i for i in config.moe_layers if i < args.layers))
-    in_c = args.compile and device.type == "cpu"
-    if in_c and args.dtype != "float32":
-        raise ValueError(f"--compile is, on a CPU, for float32; --dtype is {args.dtype}")
-    model = random_model(config, getattr(torch, args.dtype), device, products() if in_c else None)
+    dtype = getattr(torch, args.dtype)
+    blocks = run.choose_products(args.compile, device, dtype)
+    model = random_model(config, dtype, device, blocks)
     model.compiled = args.compile
-    if in_c:
+    if blocks:
         model.kernels = kernels(model)
         if not model.kernels:
             raise ValueError(f"--compile takes, on a CPU, dense models; --shape is {args.shape}")
