@@ -36,8 +36,7 @@ from demo_model import at_least, command_line, demo_model  # noqa: E402
 from graft import (METHODS, EagleDrafter, GraftConfig, ModelDrafter, Sampler, Sequence, State, Stats,  # noqa: E402
                    measure_cost, run_rounds, tune)
 from kernels import compiler, instructions, kernels, products  # noqa: E402
-from model import (CheckpointError, Model, ModelConfig, fetch_checkpoint, load_draft, load_model,  # noqa: E402
-                   read_json)
+from model import CheckpointError, Model, fetch_checkpoint, load_draft, load_model, read_json  # noqa: E402
 from render_template import render_template  # noqa: E402
 from retrieval import AdjacencyMatrix, NGramIndex, load_stores, save_stores, whole  # noqa: E402
 from tree import TARGET, Tree  # noqa: E402

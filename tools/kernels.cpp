@@ -1,7 +1,7 @@
 // What run.py runs on a CPU in float32 and bfloat16: products with matrices W that bfloat16 holds, and with them all
 // layers of a decoder. tools/kernels.py calls it through ctypes. In bfloat16 (NARROW, where it is a constant) products
-// read their inputs in pairs of it, attention's too, and caches hold it; all else is float32. What holds an `omp for` is
-// called by all threads, which share its work and, unless it says otherwise, go on together.
+// read their inputs in pairs of it, attention's too, and caches hold it; all else is float32. What holds an `omp for`
+// is called by all threads, which share its work and, unless it says otherwise, go on together.
 
 #include <algorithm>
 #include <cmath>
@@ -414,9 +414,9 @@ extern "C" void top(const float *x, int64_t n, int64_t size, int64_t count, int6
 // ----------------------------------------------------------------------------------------------------------- attention
 //
 // PANEL columns are read at a time, so that their scores stay near; what a row finds in each panel is added up in their
-// order, with the softmax of Milakov and Gimelshein (arXiv 1805.02867). A column's place is the one among those that the
-// token attends to. So what a token finds depends on the text before it alone, to the last bit: not on what else is in
-// the forward, nor on the pieces that a prompt is read in.
+// order, with the softmax of Milakov and Gimelshein (arXiv 1805.02867). A column's place is the one among those that
+// the token attends to. So what a token finds depends on the text before it alone, to the last bit: not on what else is
+// in the forward, nor on the pieces that a prompt is read in.
 
 struct Text {
     // tokens; columns, their own n among them; the last w of them have a mask [n][w]; whether a token sees none behind
@@ -448,8 +448,8 @@ using Kept = std::conditional_t<NARROW, uint16_t, float>;
 
 static inline int64_t up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 
-// Each of these scores, their number being a multiple of LANES, becomes e^(score - highest); returns their sum. highest:
-// the largest of them.
+// Each of these scores, their number being a multiple of LANES, becomes e^(score - highest); returns their sum.
+// highest: the largest of them.
 static float soften(float *scores, int64_t count, float &highest) {
     Floats most = Floats{} + std::numeric_limits<float>::lowest(), sums{};
     for (int64_t c = 0; c < count; c += LANES) {
@@ -612,13 +612,16 @@ static void turn(const Call &a, const Text &text, const float *rows, const float
     for (int64_t head = 0; head < heads; head++)
         for (int64_t t = 0; t < text.n; t++) {
             const bool asks = head < a.h;
+            if (asks && t < first)
+                continue;
             const float *x = rows + (t * heads + head) * a.d, *weight = asks ? query_norm : key_norm,
                         *c = cos + t * half, *s = sin + t * half, by = asks ? scale : 1;
-            Kept<NARROW> *to = asks ? queries + ((head / group * (text.n - first) + t - first) * group + head % group) * a.d
-                                    : kept + ((head - a.h) * text.capacity + text.m - text.n + t) * a.d;
+            const int64_t row = asks ? (head / group * (text.n - first) + t - first) * group + head % group
+                                     : (head - a.h) * text.capacity + text.m - text.n + t;
+            Kept<NARROW> *to = (asks ? queries : kept) + row * a.d;
             if (head >= a.h + a.k)
                 put(x, a.d, to);
-            else if (!asks || t >= first) {
+            else {
                 float y[MOST];
                 if (weight)
                     norm(x, weight, a.eps, y, a.d);

@@ -119,7 +119,7 @@ def constant(name: str) -> int:
 
 class Blocks:
     """x @ weight.T for a matrix [outputs, inputs] that bfloat16 holds, in the dtype that it was given in: in bfloat16
-    (`narrow`) x is rounded to that too. Sums are float32's either way. whole: outputs as it is packed, with rows of zeros
+    (`narrow`) x is rounded to that too. Sums are float32's either way. whole: its outputs as packed, with rows of zeros
     up to a multiple of the block."""
 
     def __init__(self, run: Callable, weight: Tensor, outputs: int, whole: int, inputs: int, narrow: bool):
@@ -248,8 +248,8 @@ class Layers:
 
 
 def kernels(network: _Decoder) -> Layers | None:
-    """A network's layers, or None where one of its matrices is no Blocks, or an expert's, or where the outputs of one, or
-    in bfloat16 a head's size, are no multiple of the block. Raises what `library` does."""
+    """A network's layers, or None where one of its matrices is no Blocks, or an expert's, or where the outputs of one,
+    or in bfloat16 a head's size, are no multiple of the block. Raises what `library` does."""
     layers = list(getattr(network, "layers", [network]))                           # a head is its only layer
     dense, whole = not network.config.moe_layers, (network.norm.weight.dtype == torch.float32
                                                    or network.config.head_dim % constant("block_size") == 0)

@@ -41,7 +41,7 @@ SHARD = 250      # conversations in each shard that is made from TEXT; the first
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from demo_model import at_least, cache_folder, command_line, demo_model, tool  # noqa: E402
 from kernels import kernels  # noqa: E402
-from model import (Eagle3, KVCache, Model, ModelConfig, NoCache, PackedCache, _stacked, default_taps,  # noqa: E402
+from model import (Eagle3, KVCache, Model, NoCache, PackedCache, _stacked, default_taps,  # noqa: E402
                    fetch_checkpoint, load_eagle3, load_model, unstacked)
 from retrieval import whole  # noqa: E402
 
