@@ -492,6 +492,7 @@ static void attend(const Call &a, const Text &text, int64_t rows, const int64_t 
     thread_local std::vector<int64_t> places;
     room.resize(std::max<size_t>(room.size(), (rows * (STRIDE + behind) + BLOCK * d + TILE * size) / LANES + 1));
     places.resize(std::max<size_t>(places.size(), rows * tail));
+    // tails: scores of the columns from `base` on, first of those that a row attends to; places: which these are
     float *scores = (float *)room.data(), *tails = scores + rows * STRIDE, *turned = tails + rows * behind,
           *pairs = turned + BLOCK * d;
     const auto score = [&](int64_t column, int64_t count, float *to, int64_t stride) {
