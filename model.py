@@ -959,7 +959,7 @@ class Eagle3(_Decoder):
         if self.kernels and self.kernels.fit(hidden, mask, cache):
             hidden, normed, _ = self.kernels(hidden, positions, mask, cache, causal=True, alone=alone, given=x)
         else:
-            hidden, x = (each.to(self.norm.weight.dtype) for each in (hidden, x))
+            hidden = hidden.to(x.dtype)  # a compiled target's features are float32's
             x = torch.cat((self.input_layernorm(x), self.hidden_norm(hidden)), dim=-1)                      # [b, n, 2H]
             mask = None if alone else self.group(mask, tokens.shape[1], cache, x.dtype)
             hidden = (hidden[:, -1:] if alone else hidden) + self.self_attn(

@@ -227,15 +227,6 @@ static void stream(const uint32_t *w, const X *x, float *y, int64_t rows, int64_
         }
 }
 
-// X: float, or pairs of bfloat16; the sums are float32's either way.
-template <class X>
-static void multiply_all(const uint32_t *w, const X *x, float *y, int64_t rows, int64_t inputs, int64_t outputs) {
-    if (rows > ROWS && rows <= 2 * ROWS)
-        stream<2>(w, x, y, rows, inputs, outputs);
-    else  // with more rows arithmetic is the limit
-        stream<1>(w, x, y, rows, inputs, outputs);
-}
-
 // Whether bfloat16 is faster here: an instruction multiplies two numbers by two weights.
 #ifdef __AVX512BF16__
 extern "C" const int64_t narrows = true;
@@ -268,13 +259,16 @@ static void round_rows(const float *x, float *to, int64_t rows, int64_t size) {
         round(x + row * size, (uint32_t *)(to + row * size), size);
 }
 
-// narrow: x holds rows as `round_rows` leaves them.
+// narrow: x holds rows as `round_rows` leaves them; the sums are float32's either way.
 static void multiply(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs,
                      int64_t narrow) {
-    if (narrow)
-        multiply_all(w, (const uint32_t *)x, y, rows, inputs, outputs);
-    else
-        multiply_all(w, x, y, rows, inputs, outputs);
+    const auto run = [&](auto *own) {
+        if (rows > ROWS && rows <= 2 * ROWS)
+            stream<2>(w, own, y, rows, inputs, outputs);
+        else  // with more rows arithmetic is the limit
+            stream<1>(w, own, y, rows, inputs, outputs);
+    };
+    narrow ? run((const uint32_t *)x) : run(x);
 }
 
 extern "C" void product(const uint32_t *w, const float *x, float *y, int64_t rows, int64_t inputs, int64_t outputs,

@@ -147,7 +147,9 @@ def products() -> Callable:
         (outputs, inputs), narrow = weight.shape, weight.dtype == torch.bfloat16
         if narrow and inputs % 2 or not (narrow or weight.dtype == torch.float32):
             return None
-        weight = F.pad(weight.float(), (0, 0, 0, -outputs % block)).contiguous()
+        weight = weight.float().contiguous()
+        if outputs % block:
+            weight = F.pad(weight, (0, 0, 0, -outputs % block))
         packed = torch.empty(len(weight) // block, inputs, block // 2, dtype=torch.int32)
         return (Blocks(code.product, packed, outputs, len(weight), inputs, narrow)
                 if code.pack(weight.data_ptr(), packed.data_ptr(), len(weight), inputs, narrow) else None)
